@@ -1,0 +1,25 @@
+"""Limner turns captions into pictures with a latent diffusion model around your own fine-tuned CLIP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from limner.errors import LimnerError, UserError
+
+if TYPE_CHECKING:
+    from limner.generation.engine import Model
+
+__version__ = "0.1.0"
+__all__ = ["LimnerError", "UserError", "__version__", "load"]
+
+
+def load(model: str = "builtin", *, device: str | None = None) -> Model:
+    """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id.
+
+    >>> limner.load("builtin")("A dog on a beach.", seed=7).images[0].save("dog.png")
+
+    Raises ModelError when it can't be found, fetched or read.
+    """
+    from limner.generation.engine import Model
+
+    return Model.load(model, device=device)

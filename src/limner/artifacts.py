@@ -1,0 +1,191 @@
+"""Folders on disk: atomic writes, hashes, manifests, and the run folder that every stage leaves behind.
+
+Three kinds of folder pass between stages (docs/pipeline.md): a *dataset*, a *run* and a *model*. Whatever has
+value is written beside its place, flushed to disk and renamed into it, so that a kill at any moment leaves
+either the old content or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from limner.errors import RunError
+
+if TYPE_CHECKING:
+    from limner.config import StageConfig
+
+PARTIAL = ".partial"  # suffix of what is being written; safe to delete at any time
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it replaces `path`, on any error it is removed.
+
+    Raises OSError as the writing does (a full disk, a folder without rights).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield partial
+        _fsync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it replaces the folder `path`, on any error it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            _fsync(file)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old{PARTIAL}")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises RunError in one sentence where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; is {path.parent} the folder you meant?") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); restore it or start in a new folder.") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of one file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """SHA-256 of every file under `folder` whose name matches `pattern`, by path relative to `folder`."""
+    files = sorted(p for p in folder.rglob(pattern) if p.is_file() and PARTIAL not in p.name)
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+
+
+def identity(folder: Path, pattern: str = "*.safetensors") -> str:
+    """One SHA-256 for the weights below `folder`: the hash of their names and hashes."""
+    text = "".join(f"{name} {digest}\n" for name, digest in sha256_folder(folder, pattern).items())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hardware() -> dict[str, Any]:
+    """What this run ran on, for its manifest."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: `config.json`, `manifest.json`, `checkpoints/`, `samples/`, logs, and the result."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path, config: StageConfig) -> Self:
+        """Create the run folder, or come back to it when it was made with the same configuration.
+
+        Raises RunError when the folder holds something else, naming the settings that differ.
+        """
+        wanted = json.loads(config.model_dump_json())
+        file = folder / "config.json"
+        if file.exists():
+            found = read_json(file)
+            names = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+            names = [name for name in names if name not in config.changeable]
+            if names:
+                raise RunError(
+                    f"{folder} was started with other settings ({', '.join(sorted(names))}); "
+                    "repeat that command to resume it, or choose another --out."
+                )
+        elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise RunError(f"{folder} exists and is not a run folder; choose another --out.")
+        write_json(file, wanted)
+        return cls(folder)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its end; a finished run is not run again."""
+        return (self.folder / "manifest.json").exists()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where training checkpoints lie."""
+        return self.folder / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The result: a Diffusers model folder, or the part of one that this stage makes."""
+        return self.folder / "model"
+
+    def finish(self, *, parents: dict[str, str], started: float, **facts: Any) -> None:
+        """Write `manifest.json`: where the result came from and what it cost.
+
+        `parents` maps a role ("data", "vae") to the sha256 of what was used; `started` is `time.time()` at the
+        beginning of this process's part of the run.
+        """
+        from limner import __version__
+
+        manifest = {
+            "limner": __version__,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "parents": parents,
+            "seconds": round(time.time() - started, 1),
+            "hardware": hardware(),
+            **facts,
+        }
+        write_json(self.folder / "manifest.json", manifest)

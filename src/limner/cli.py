@@ -1,0 +1,158 @@
+"""The command line: parse, resolve the configuration, call the stage.
+
+Each command takes its arguments, flags and help texts from the stage's configuration in `config.py`. Nothing
+heavy is imported before a stage runs; `limner --help` does not load torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from typer import BadParameter
+
+from limner import config as configs
+from limner.config import Argument, Flag, StageConfig
+from limner.errors import UserError
+
+UsageError = BadParameter.__base__  # click's, wherever typer keeps it
+
+app = typer.Typer(
+    name="limner",
+    help="Limner turns captions into pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+train = typer.Typer(help="Train CLIP, the VAE or the U-Net.", no_args_is_help=True)
+app.add_typer(train, name="train")
+
+OURS: dict[str, tuple[Any, Any, str]] = {
+    "preset": (str | None, None, "Named settings to start from."),
+    "config": (Path | None, None, "TOML or JSON file of settings; a run's config.json is one."),
+    "set": (list[str], [], "Any other setting, as key=value; may be repeated."),
+    "dry_run": (bool, False, "Check everything, print the plan, and write nothing."),
+}
+"""Options that every command has beside its own: type, default, help."""
+
+EXPECTED_OS_ERRORS = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EACCES: "There is no right to write",
+    errno.EPERM: "There is no right to write",
+    errno.EROFS: "The disk is read-only",
+    errno.ENOTDIR: "A file stands where a folder is needed",
+    errno.EEXIST: "A file stands where a folder is needed",
+    errno.ENAMETOOLONG: "The name is too long",
+}
+
+
+def _option_type(annotation: Any) -> Any:
+    """The type that the command line parses for a field: any value may be left out, tuples repeat."""
+    members = [a for a in get_args(annotation) if a is not NoneType] if _is_union(annotation) else [annotation]
+    kind = members[0]
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is tuple:
+        return list[get_args(kind)[0]]  # type: ignore[misc]
+    return kind if get_origin(kind) is Literal or kind in (int, float, bool, Path) else str
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) is UnionType or NoneType in get_args(annotation)
+
+
+def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
+    """A typer command for a stage: its signature is read off the configuration."""
+    parameters = []
+    for name, field in cls.model_fields.items():
+        mark = next((m for m in field.metadata if isinstance(m, Argument | Flag)), None)
+        if mark is None:
+            continue
+        kind = _option_type(field.annotation)
+        help_text = " ".join((field.description or "").split())
+        if isinstance(mark, Argument):
+            option: Any = typer.Argument(help=help_text, show_default=False)
+        else:
+            if not field.is_required() and field.default not in (None, "", ()):
+                help_text += f" [default: {field.default}]"
+            flag = "--" + name.replace("_", "-")
+            names = mark.names or (f"{flag}/--no-{flag[2:]}" if kind is bool else flag,)
+            option = typer.Option(*names, help=help_text, show_default=False)
+        parameters.append(_parameter(name, Annotated[kind | None, option], None))
+    for name, (kind, default, help_text) in OURS.items():
+        flag = f"--{name.replace('_', '-')}"
+        parameters.append(
+            _parameter(name, Annotated[kind, typer.Option(flag, help=help_text, show_default=False)], default)
+        )
+
+    def command(**given: Any) -> None:
+        ours = {name: given.pop(name) for name in OURS}
+        flags = {name: value for name, value in given.items() if value is not None and value != []}
+        config = configs.resolve(cls, flags, preset=ours["preset"], file=ours["config"], sets=ours["set"])
+        module: ModuleType = importlib.import_module(f"limner.stages.{stage}")
+        if ours["dry_run"]:
+            _print_plan(module.plan(config))
+        else:
+            module.run(config)
+
+    command.__doc__ = cls.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    width = max(map(len, plan))
+    for name, value in plan.items():
+        print(f"{name:<{width}}  {value}")
+
+
+for _group, _name, _config, _stage in (
+    (app, "generate", configs.GenerateConfig, "generate"),
+    (app, "prepare", configs.PrepareConfig, "prepare"),
+    (train, "clip", configs.TrainClipConfig, "train_clip"),
+    (train, "vae", configs.TrainVaeConfig, "train_vae"),
+    (app, "encode", configs.EncodeConfig, "encode"),
+    (train, "unet", configs.TrainUnetConfig, "train_unet"),
+    (app, "assemble", configs.AssembleConfig, "assemble"),
+):
+    _group.command(_name)(_command(_config, _stage))
+
+
+def _fail(sentence: str, code: int) -> None:
+    print(f"limner: {sentence}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done, 2 the user's mistake in one sentence, 130 interrupted, 1 ours."""
+    logging.captureWarnings(True)
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except UsageError as error:  # type: ignore[misc]
+        _fail(f"{error.format_message().rstrip('.')}; see --help.", 2)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("Interrupted; run the same command again to go on.", 130)
+    except OSError as error:
+        if error.errno not in EXPECTED_OS_ERRORS:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        _fail(f"{EXPECTED_OS_ERRORS[error.errno]}{where}; mend that and run the command again.", 2)
+    else:
+        raise SystemExit(code or 0)

@@ -1,0 +1,357 @@
+"""Every setting of every stage: one frozen model a stage, whose field docstrings are the `--help`.
+
+A configuration is resolved from, in rising order: the defaults here, a preset, a TOML or JSON file (`--config`; the
+`config.json` of a run is one), `--set key=value`, and the flags. A new knob goes here, not into a flag.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from limner.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Marks a field that the command takes by position."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Marks a field that the command takes as `--name`, or under these other names too."""
+
+    names: tuple[str, ...] = ()
+
+
+FLAG = Flag()
+
+
+class StageConfig(BaseModel):
+    """What all stages share."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), strict=False
+    )
+
+    changeable: ClassVar[frozenset[str]] = frozenset()
+    """Settings that may differ when a run is resumed, since they do not change its result."""
+
+    out: Annotated[Path, FLAG]
+    """Folder to write; running the same command again resumes there."""
+
+
+class PrepareConfig(StageConfig):
+    """From a source archive or folder to a dataset folder."""
+
+    kind: Annotated[Literal["flickr8k", "imagefolder", "webdataset"], Argument()]
+    """What the source is: flickr8k (any of its three layouts), imagefolder, or webdataset."""
+    source: Annotated[Path, FLAG]
+    """The archive, or the folder that holds the archives or the extracted files."""
+    size: Annotated[PositiveInt | None, FLAG] = None
+    """Shrink pictures whose shorter side is above this many pixels; without it they keep their size."""
+    drop_duplicates: Annotated[bool, FLAG] = False
+    """Leave out pictures whose file or pixels equal an earlier one's; otherwise they are only reported."""
+    uncaptioned: Annotated[bool, FLAG] = False
+    """Keep pictures that have no caption (for `train vae`); otherwise they are quarantined."""
+    val_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
+    """Share of the pictures for val where the source has no split lists."""
+    test_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
+    """Share of the pictures for test where the source has no split lists."""
+    seed: int = 0
+    """Seed of the split where the source has no split lists."""
+    min_side: PositiveInt = 16
+    """Pictures with a side below this many pixels are quarantined."""
+    max_pixels: PositiveInt = 100_000_000
+    """Pictures whose header announces more pixels than this are quarantined undecoded."""
+    workers: Annotated[PositiveInt | None, FLAG] = None
+    """Processes that decode; the number of cores when left out."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.val_share + self.test_share >= 1:
+            raise ValueError("val_share and test_share leave nothing to train on; lower one")
+        return self
+
+
+class TrainConfig(StageConfig):
+    """What every training shares; lengths are counted in images seen, so that the batch size does not change them."""
+
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "images"}
+    )
+
+    data: Annotated[Path, FLAG]
+    """What to train on: a dataset folder, or for `train unet` the run folder of `limner encode`."""
+    model: Annotated[str | None, FLAG] = None
+    """Start from this model (`builtin`, a folder or a hub id) instead of a new one of the size set here."""
+    images: Annotated[PositiveInt, FLAG] = 100_000
+    """Images to train on in all; a finished run goes on when this is raised."""
+    batch_size: Annotated[PositiveInt, FLAG] = 32
+    """Images a step, over all processes."""
+    lr: Annotated[PositiveFloat, FLAG] = 1e-4
+    """Peak learning rate of AdamW; warm-up is linear, decay a cosine."""
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the peak learning rate that is left at the end."""
+    warmup: int = Field(default=2_000, ge=0)
+    """Images over which the learning rate rises."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's weight decay, on matrices and kernels only."""
+    clip_norm: PositiveFloat = 1.0
+    """Gradients longer than this are scaled down to it."""
+    ema_halflife: float = Field(default=2_000, ge=0)
+    """Half-life, in images, of the weight average that is saved as the result; 0 saves the last weights."""
+    seed: Annotated[int, FLAG] = 0
+    """Seed of weights, order, augmentation, noise and noise levels."""
+    precision: Annotated[Literal["fp32", "bf16"], FLAG] = "fp32"
+    """Arithmetic of the networks; master weights are always fp32."""
+    compile: bool = False
+    """Compile the networks with torch.compile; pays after some minutes."""
+    workers: PositiveInt = 1
+    """Data loading threads."""
+    threads: PositiveInt | None = None
+    """Threads of the arithmetic on CPU; torch's choice when left out."""
+    log_every: PositiveInt = 1_000
+    """Images between two lines of the log."""
+    validate_every: PositiveInt = 20_000
+    """Images between validations, each with samples."""
+    checkpoint_every: PositiveInt = 20_000
+    """Images between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep; the best one is kept besides."""
+
+
+class TrainVaeConfig(TrainConfig):
+    """Train the autoencoder that turns pixels into latents and back."""
+
+    size: Annotated[PositiveInt, FLAG] = 128
+    """Side of the training pictures in pixels."""
+    channels: tuple[PositiveInt, ...] = (16, 32, 64, 96)
+    """Channels at each resolution of a new VAE; each but the last halves the side."""
+    layers: PositiveInt = 1
+    """Residual blocks at each resolution of a new VAE."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents of a new VAE."""
+    lr: Annotated[PositiveFloat, FLAG] = 1e-3
+    """Peak learning rate of AdamW; warm-up is linear, decay a cosine."""
+    kl_weight: float = Field(default=1e-4, ge=0)
+    """Weight of the divergence of the moments from a unit Gaussian, in nats an element."""
+    l2_weight: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error beside the mean absolute error."""
+    perceptual_weight: float = Field(default=0.1, ge=0)
+    """Weight of the distance of EfficientNet-Lite0 features (needs its two packages); 0 turns it off."""
+
+
+class TrainClipConfig(TrainConfig):
+    """Fine-tune CLIP, or train a new one, so that captions and photographs of the same thing lie close together."""
+
+    lr: Annotated[PositiveFloat, FLAG] = 1e-5
+    """Peak learning rate of AdamW; warm-up is linear, decay a cosine."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's weight decay, on matrices and kernels only."""
+    batch_size: Annotated[PositiveInt, FLAG] = 128
+    """Images a step, over all processes; the other images of the batch are the negatives."""
+    vocabulary: PositiveInt = 4096
+    """Entries of a new tokenizer, trained on the captions of the train split."""
+    size: PositiveInt = 128
+    """Side of the pictures that a new image tower reads, in pixels."""
+    patch: PositiveInt = 16
+    """Side of a patch of a new image tower, in pixels."""
+    width: PositiveInt = 256
+    """Width of a new text tower and a new image tower."""
+    layers: PositiveInt = 4
+    """Layers of each new tower."""
+    heads: PositiveInt = 4
+    """Attention heads of each new tower."""
+    features: PositiveInt = 256
+    """Length of the text and image features of a new CLIP."""
+    min_scale: float = Field(default=0.5, gt=0, le=1)
+    """Smallest share of the picture that a random crop takes."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.size % self.patch:
+            raise ValueError(f"size {self.size} is not divisible by patch {self.patch}; choose a multiple")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; choose a multiple")
+        return self
+
+
+class EncodeConfig(StageConfig):
+    """Store what the U-Net trains on: VAE moments of every picture, token states of every caption."""
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"batch_size", "threads"})
+
+    data: Annotated[Path, FLAG]
+    """The dataset folder."""
+    vae: Annotated[str, FLAG]
+    """The VAE: a `train vae` run, a model folder, a hub id or `builtin`."""
+    clip: Annotated[str, FLAG]
+    """The text encoder: a `train clip` run, a model folder, a hub id or `builtin`."""
+    size: Annotated[PositiveInt, FLAG] = 128
+    """Side of the pictures in pixels."""
+    flips: Annotated[bool, FLAG] = True
+    """Store each picture mirrored too."""
+    batch_size: PositiveInt = 32
+    """Pictures or captions a step."""
+    threads: PositiveInt | None = None
+    """Threads of the arithmetic on CPU; torch's choice when left out."""
+
+
+class TrainUnetConfig(TrainConfig):
+    """Train the U-Net that turns noise into latents under the token states of a caption."""
+
+    lr: Annotated[PositiveFloat, FLAG] = 5e-4
+    """Peak learning rate of AdamW; warm-up is linear, decay a cosine."""
+    batch_size: Annotated[PositiveInt, FLAG] = 64
+    """Images a step, over all processes."""
+    objective: Annotated[Literal["flow", "eps", "v"], FLAG] = "flow"
+    """What a new U-Net predicts; one that is given keeps its own."""
+    levels: Literal["logit-normal", "uniform"] = "logit-normal"
+    """Distribution of the noise levels in training."""
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of the images that are trained without their caption, which guidance needs."""
+    ema_halflife: float = Field(default=10_000, ge=0)
+    """Half-life, in images, of the weight average that is saved as the result; 0 saves the last weights."""
+    channels: tuple[PositiveInt, ...] = (96, 192, 256)
+    """Channels at each resolution of a new U-Net."""
+    layers: PositiveInt = 1
+    """Residual blocks at each resolution of a new U-Net."""
+    attention: tuple[bool, ...] = (False, True, True)
+    """At which resolutions a new U-Net attends to itself and to the caption."""
+    head_width: PositiveInt = 32
+    """Width of an attention head of a new U-Net."""
+    sample_prompts: tuple[str, ...] = ()
+    """Captions drawn at each validation, beside those of the first val pictures."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.attention) != len(self.channels):
+            raise ValueError("attention and channels differ in length; give one entry a resolution")
+        if bad := [c for c in self.channels if c % self.head_width]:
+            raise ValueError(f"channels {bad[0]} is not divisible by head_width {self.head_width}")
+        return self
+
+
+class AssembleConfig(StageConfig):
+    """Join a text encoder, a VAE and a U-Net to a model that any Diffusers program loads."""
+
+    out: Annotated[Path, FLAG]
+    """The model folder to write."""
+    clip: Annotated[str, FLAG]
+    """The CLIP: a `train clip` run, a model folder, a hub id or `builtin`."""
+    vae: Annotated[str, FLAG]
+    """The VAE: a `train vae` run, a model folder, a hub id or `builtin`."""
+    unet: Annotated[str, FLAG]
+    """The U-Net with its scheduler: a `train unet` run, a model folder, a hub id or `builtin`."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], FLAG] = "fp32"
+    """How weights are stored; the built-in model uses bf16."""
+    steps: PositiveInt = 25
+    """Steps that `generate` takes with this model when none are asked for."""
+    guidance: float = Field(default=7.5, ge=1)
+    """Guidance that `generate` uses with this model when none is asked for."""
+
+
+class GenerateConfig(StageConfig):
+    """Draw pictures for prompts."""
+
+    prompts: Annotated[tuple[str, ...], Argument()] = ()
+    """What to draw; several prompts draw several pictures. Read from standard input when it is piped."""
+    prompts_file: Annotated[Path | None, Flag(("--prompts",))] = None
+    """File with one prompt a line."""
+    n: Annotated[PositiveInt, Flag(("-n",))] = 1
+    """Pictures a prompt; picture i has the seed `seed + i`."""
+    seed: Annotated[int, FLAG, Field(ge=0, lt=2**63)] = 0
+    """Seed of the first picture; the same seed draws the same picture, whatever the batch."""
+    steps: Annotated[int | None, FLAG, Field(gt=0, le=1000)] = None
+    """Denoising steps; the model's own default when left out."""
+    guidance: Annotated[float | None, FLAG, Field(ge=1, le=100)] = None
+    """How strongly the prompt is followed; 1 is off; the model's own default when left out."""
+    negative: Annotated[str, FLAG] = ""
+    """What the pictures should not show."""
+    size: Annotated[str | None, FLAG] = None
+    """Pixels as SIDE or WIDTHxHEIGHT; the model's own when left out."""
+    model: Annotated[str, FLAG] = "builtin"
+    """`builtin`, a Diffusers folder or a hub id."""
+    out: Annotated[Path, FLAG] = Path("pictures")
+    """Folder for the pictures."""
+    device: Annotated[str | None, FLAG] = None
+    """`cpu` or `cuda`; the GPU when there is one."""
+    batch_size: PositiveInt = 8
+    """Pictures drawn at once; changes speed and memory, not the pictures."""
+
+
+PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {}
+"""Named settings of a stage; the comment beside one says what it reached."""
+
+C = TypeVar("C", bound=StageConfig)
+
+
+def resolve(
+    cls: type[C],
+    flags: Mapping[str, Any],
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    sets: Iterable[str] = (),
+) -> C:
+    """Put a configuration together; later sources win: defaults, preset, file, sets (`key=value`), flags.
+
+    Raises ConfigError in one sentence: an unknown preset or key, a value out of range, an unreadable file.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        presets = PRESETS.get(cls, {})
+        if preset not in presets:
+            known = ", ".join(sorted(presets)) or "none for this command"
+            raise ConfigError(f"There is no preset {preset!r}; known: {known}.")
+        values |= presets[preset]
+    if file is not None:
+        values |= _read(file)
+    values |= dict(_assignment(text) for text in sets)
+    values |= flags
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The configuration file {file} can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"The configuration file {file} must hold settings by name.")
+    return values
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key=value, not {text!r}.")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        return key.strip(), value
+
+
+def _sentence(error: ValidationError) -> str:
+    """Say the first of pydantic's complaints in one sentence."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"There is no setting {name!r}; --help and config.py list them."
+    if first["type"] == "missing":
+        return f"--{name} is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return f"{message}."
+    return f"{name}: {message[0].lower()}{message[1:]}, not {first['input']!r}."

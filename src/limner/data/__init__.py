@@ -1,0 +1,1 @@
+"""Sources, checks, dataset folders and the latent cache."""

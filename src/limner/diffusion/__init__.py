@@ -1,0 +1,1 @@
+"""Training objectives, noise levels and schedulers."""

@@ -1,0 +1,1 @@
+"""From a prompt and a seed to a picture that knows its origin."""

@@ -7,6 +7,7 @@ either the old content or the new one.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -52,6 +53,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step where the system can (Linux: renameat2 with RENAME_EXCHANGE); tell whether it did."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it replaces the folder `path`, on any error it is removed."""
@@ -63,14 +74,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             _fsync(file)
-        if path.exists():
+        if not path.is_dir():
+            partial.rename(path)
+        elif not _exchange(partial, path):
             old = path.with_name(f".{path.name}.old{PARTIAL}")
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
             partial.rename(path)
             shutil.rmtree(old)
-        else:
-            partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -104,8 +115,8 @@ def sha256(path: Path) -> str:
 
 def sha256_folder(folder: Path, pattern: str = "*") -> dict[str, str]:
     """SHA-256 of every file under `folder` whose name matches `pattern`, by path relative to `folder`."""
-    files = sorted(p for p in folder.rglob(pattern) if p.is_file() and PARTIAL not in p.name)
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob(pattern) if p.is_file())
+    return {name: sha256(folder / name) for name in sorted(names) if PARTIAL not in name}
 
 
 def identity(folder: Path, pattern: str = "*.safetensors") -> str:
@@ -146,7 +157,7 @@ class Run:
         if file.exists():
             found = read_json(file)
             names = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
-            names = [name for name in names if name not in config.changeable]
+            names = [name for name in names if name != "out" and name not in config.changeable]
             if names:
                 raise RunError(
                     f"{folder} was started with other settings ({', '.join(sorted(names))}); "

@@ -84,7 +84,7 @@ def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
             option: Any = typer.Argument(help=help_text, show_default=False)
         else:
             if not field.is_required() and field.default not in (None, "", ()):
-                help_text += f" [default: {field.default}]"
+                help_text += f" Default: {_shown(field.default)}."
             flag = "--" + name.replace("_", "-")
             names = mark.names or (f"{flag}/--no-{flag[2:]}" if kind is bool else flag,)
             option = typer.Option(*names, help=help_text, show_default=False)
@@ -111,6 +111,12 @@ def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
     return command
 
 
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -134,7 +140,7 @@ for _group, _name, _config, _stage in (
 
 
 def _fail(sentence: str, code: int) -> None:
-    print(f"limner: {sentence}", file=sys.stderr)
+    print(f"limner: {' '.join(sentence.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -146,7 +152,9 @@ def main() -> None:
     except UserError as error:
         _fail(str(error), 2)
     except UsageError as error:  # type: ignore[misc]
-        _fail(f"{error.format_message().rstrip('.')}; see --help.", 2)  # type: ignore[attr-defined]
+        if not error.format_message():  # a command without arguments: its help was printed
+            raise SystemExit(2) from None
+        _fail(f"{error.format_message().rstrip('.')}; see --help.", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("Interrupted; run the same command again to go on.", 130)
     except OSError as error:

@@ -37,7 +37,12 @@ class StageConfig(BaseModel):
     """What all stages share."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), strict=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # --set size=256
     )
 
     changeable: ClassVar[frozenset[str]] = frozenset()
@@ -319,15 +324,18 @@ def resolve(
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+        raise ConfigError(_sentence(cls, error)) from None
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The configuration file {file} can't be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"The configuration file {file} can't be read ({reason}); mend or leave out --config."
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"The configuration file {file} must hold settings by name.")
     return values
@@ -339,18 +347,19 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set takes key=value, not {text!r}.")
     try:
         return key.strip(), json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key.strip(), value
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(cls: type[StageConfig], error: ValidationError) -> str:
     """Say the first of pydantic's complaints in one sentence."""
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"There is no setting {name!r}; --help and config.py list them."
     if first["type"] == "missing":
-        return f"--{name} is missing."
+        by_position = any(isinstance(mark, Argument) for mark in cls.model_fields[name].metadata)
+        return f"{'' if by_position else '--'}{name} is missing; see --help."
     message = first["msg"].removeprefix("Value error, ")
     if not name:
         return f"{message}."

@@ -1,8 +1,8 @@
 """The dataset folder as every later stage reads it.
 
-    D/dataset.json                       name, licence, counts, source sha256, how it was split
-    D/{train,val,test}/metadata.jsonl    one picture a line: {"file_name", "captions": [...], "text": the first}
-    D/{train,val,test}/*.jpg ...         the pictures
+D/dataset.json                       name, licence, counts, source sha256, how it was split
+D/{train,val,test}/metadata.jsonl    one picture a line: {"file_name", "captions": [...], "text": the first}
+D/{train,val,test}/*.jpg ...         the pictures
 """
 
 from __future__ import annotations

@@ -1,0 +1,89 @@
+"""How long until something is seen: the help page, the import of torch, and the first picture of a cold process.
+
+    python benchmarks/startup.py --name my-machine
+
+Prints a line for each figure and, last, all of them as JSON; the same goes to results/startup/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import limner
+
+RESULTS = Path(__file__).parent / "results" / "startup"
+BUILTIN = Path(limner.__file__).parent / "builtin" / "model_index.json"
+PROMPT = "A golden retriever playing in a field."
+LIMNER = [sys.executable, "-c", "from limner.cli import main; main()"]
+
+
+def seconds(command: list[str], **options: Any) -> float:
+    """Wall time of a command; ends the benchmark where the command fails."""
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    taken = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(f"{command} failed:\n{done.stderr}")
+    return taken
+
+
+def generate() -> float:
+    """Wall time from an empty process to a PNG of the built-in model with its default settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        taken = seconds([*LIMNER, "generate", PROMPT, "--seed", "7", "--out", folder], stdin=subprocess.DEVNULL)
+        if not list(Path(folder).glob("**/*.png")):
+            sys.exit("limner generate ended well, but there is no PNG.")
+    return taken
+
+
+def measure(repeats: int) -> dict[str, float | None]:
+    """Each figure in seconds: the median of `repeats`; None for what can't be measured here."""
+    figures: dict[str, float | None] = {}
+    for name, take in (
+        ("help", lambda: seconds([*LIMNER, "--help"])),
+        ("import_torch", lambda: seconds([sys.executable, "-c", "import torch"])),
+        ("first_picture", generate),
+    ):
+        if name == "first_picture" and not BUILTIN.exists():
+            print("first picture   not measured: the built-in model is missing; make it with recipes/builtin")
+            figures[name] = None
+            continue
+        times = sorted(take() for _ in range(repeats))
+        figures[name] = round(statistics.median(times), 3)
+        print(f"{name.replace('_', ' '):<15} {figures[name]:7.3f} s   (from {times[0]:.3f} to {times[-1]:.3f})")
+    return figures
+
+
+def main() -> None:
+    """Measure, print, and keep the result under the machine's name."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--name", required=True, help="name of the machine, for the file of results")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each is measured (default 5)")
+    arguments = parser.parse_args()
+    figures = measure(arguments.repeats)
+    result = {
+        "benchmark": "startup",
+        "machine": arguments.name,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "limner": limner.__version__,
+        "repeats": arguments.repeats,
+        "seconds": figures,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Is this a picture that can be trained on, and what does its caption really say?"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from limner.data.findings import NOT_A_PICTURE, Rejected
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # none that starts a program
+SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}  # kept as they are; first is the usual
+JPEG_QUALITY = 95
+
+CLIP_LENGTH = 77  # tokens of CLIP's text encoder, start and end included
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a picture may be; see PrepareConfig."""
+
+    size: int | None = None
+    min_side: int = 16
+    max_pixels: int = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A picture that decodes, ready to be written."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    pixels: str
+    """Hash of size and RGB pixels; equal for equal pictures in whatever lossless file."""
+    phash: int
+    """Perceptual hash, 64 bits; pictures that look alike differ in few of them."""
+    changes: tuple[str, ...]
+    """What was done to the file; nothing for one that was kept byte for byte."""
+
+
+def examine(data: bytes, name: str, limits: Limits) -> Checked:
+    """Decode a picture and bring it to upright 8-bit RGB; a file that is so already keeps its bytes.
+
+    Raises Rejected with the reason why it can't be used, whatever the bytes are.
+    """
+    if not data:
+        raise Rejected("empty file")
+    with _our_pixel_limit(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise Rejected(NOT_A_PICTURE, "its content is of no known format") from None
+        except Exception as error:  # Pillow's readers raise many kinds on damaged headers
+            raise Rejected("broken picture", str(error)) from None
+        size = f"{image.width}x{image.height}"
+        if image.width * image.height > limits.max_pixels:
+            raise Rejected("too many pixels", f"{size}, says its header")
+        if min(image.size) < limits.min_side:
+            raise Rejected("too small", size)
+        file_format = image.format or ""
+        try:
+            image.load()
+            rgb, changes = _upright_rgb(image, data)
+        except Rejected:
+            raise
+        except Exception as error:
+            raise Rejected("broken picture", str(error)) from None
+    if limits.size is not None and min(rgb.size) > limits.size:
+        scale = limits.size / min(rgb.size)
+        rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
+        changes.append("shrunk")
+    return _checked(data, name, file_format, rgb, changes)
+
+
+def _checked(data: bytes, name: str, file_format: str, rgb: Image.Image, changes: list[str]) -> Checked:
+    import imagehash
+
+    before = PurePosixPath(name).suffix.lower()
+    if file_format in SUFFIXES and not changes:
+        suffix = before if before in SUFFIXES[file_format] else SUFFIXES[file_format][0]
+    else:
+        suffix = before if before in SUFFIXES["JPEG"] else SUFFIXES["JPEG"][0]
+        if not changes:
+            changes.append(f"{file_format} to JPEG")
+        data = _encoded(rgb)
+    if file_format in SUFFIXES and before not in SUFFIXES[file_format]:
+        changes.append(f"extension {before or 'missing'}, content {file_format}")
+    pixels = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+    phash = int(str(imagehash.phash(rgb)), 16)
+    return Checked(data, suffix, rgb.width, rgb.height, pixels, phash, tuple(changes))
+
+
+def _encoded(rgb: Image.Image) -> bytes:
+    buffer = BytesIO()
+    profile = rgb.info.get("icc_profile")
+    rgb.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4", icc_profile=profile)
+    return buffer.getvalue()
+
+
+def _upright_rgb(image: Image.Image, data: bytes) -> tuple[Image.Image, list[str]]:
+    """The picture as people see it, in mode RGB, and what was done to it."""
+    changes: list[str] = []
+    if getattr(image, "n_frames", 1) > 1:
+        changes.append("first frame of several")
+    upright = image
+    with suppress(Exception):  # damaged EXIF: the picture stays as it lies
+        if image.getexif().get(0x0112, 1) in range(2, 9):  # Orientation
+            upright = ImageOps.exif_transpose(image)
+            changes.append("turned upright")
+    if image.format == "PNG" and image.mode == "RGB" and data[24:25] == b"\x10":  # bit depth in its header
+        changes.append("16 bits to 8")  # Pillow did it while decoding
+    if image.mode != "RGB":
+        changes.append(f"{image.mode} to RGB")
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
+    rgb = _rgb(upright)
+    rgb.info = {} if profile is None else {"icc_profile": profile}
+    if image.has_transparency_data:
+        changes.append("put on white")
+    return rgb, changes
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # I;16, I;16B or I: Pillow would clip at 255 what runs to 65535
+        values: Any = np.asarray(image).astype(np.int64)
+        return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise Rejected("broken picture", "floating-point pixels, whose range is unknown")
+    if image.has_transparency_data:
+        see_through = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, see_through).convert("RGB")
+    return image.convert("RGB")
+
+
+@contextmanager
+def _our_pixel_limit() -> Iterator[None]:
+    """Pillow's limit off: `max_pixels` is held against the header before anything is decoded."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+_BEFORE = re.compile(r" +(?=[.,;:!?)]|'s\b|n't\b)")
+_AFTER = re.compile(r"(?<=\() +")
+_QUOTED = re.compile(r'"([^"]*)"')
+
+
+def clean_caption(text: str) -> str:
+    """A caption as one would print it: one line, no spaces before full stops or inside quotes, nothing invisible.
+
+    Removes characters and never adds or replaces one but white space, so the words stay as they were.
+    "" where nothing is left to read.
+    """
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    text = " ".join(text.replace("\ufeff", "").split())
+    text = _AFTER.sub("", _BEFORE.sub("", text))
+    text = _QUOTED.sub(lambda quoted: f'"{quoted[1].strip()}"', text)
+    return text if any(c.isalnum() for c in text) else ""
+
+
+_WORDLESS = {
+    "a",
+    "an",
+    "the",
+    "broken image",
+    "no image",
+    "image not found",
+    "no caption",
+    "none",
+    "null",
+    "nan",
+    "n/a",
+}
+
+
+def is_junk(caption: str) -> bool:
+    """Whether a cleaned caption says nothing of its picture ("A", "broken image"). One word, like "dog", may."""
+    return caption.lower().strip(" .") in _WORDLESS
+
+
+# CLIP's own pre-tokenizer: contractions, runs of letters, single digits, runs of other signs.
+_PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+
+
+def estimate_tokens(caption: str) -> int:
+    """CLIP tokens of a caption with start and end, estimated, as the vocabulary is not part of Limner.
+
+    Pieces are cut as CLIP cuts them; a piece of ASCII counts one token for every eight letters begun (common words
+    are one token), any other character counts one a byte of UTF-8, which is the most it can take.
+    """
+    count = 2
+    for piece in _PIECES.findall(caption):
+        count += -(-len(piece) // 8) if piece.isascii() else len(piece.encode())
+    return count

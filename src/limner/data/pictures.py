@@ -1,0 +1,54 @@
+"""Pictures from disk to pixels, with the augmentation of training."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from limner.errors import DataError
+
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+def may_flip(caption: str) -> bool:
+    """Whether a mirrored picture still fits the caption: one that says left or right does not."""
+    return _SIDES.search(caption) is None
+
+
+def load_pixels(path: Path, size: int) -> Tensor:
+    """The centre square of a picture, at `size` pixels a side. -> (3, size, size) in [-1, 1]. Raises DataError."""
+    image = _open(path)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return _to_pixels(image, (left, top, left + side, top + side), size)
+
+
+def load_crop(path: Path, size: int, rng: np.random.Generator, *, min_scale: float, flip: bool) -> Tensor:
+    """A random square crop of at least `min_scale` of the largest one's area, mirrored half the time if `flip`.
+
+    -> (3, size, size) in [-1, 1]. Raises DataError when the picture can't be read.
+    """
+    image = _open(path)
+    side = round(min(image.size) * float(rng.uniform(min_scale, 1.0)) ** 0.5)
+    left = int(rng.integers(image.width - side + 1))
+    top = int(rng.integers(image.height - side + 1))
+    pixels = _to_pixels(image, (left, top, left + side, top + side), size)
+    return pixels.flip(-1) if flip and rng.random() < 0.5 else pixels
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise DataError(f"The picture {path} can't be read ({error}); run `limner prepare` again.") from None
+
+
+def _to_pixels(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
+    resized = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    array = torch.from_numpy(np.array(resized))  # (size, size, 3) uint8
+    return array.permute(2, 0, 1).float() / 127.5 - 1

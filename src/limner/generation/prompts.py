@@ -1,0 +1,76 @@
+"""Prompts: where they come from, and how long ones are cut into what the text encoder reads at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from limner.errors import ConfigError
+
+
+def checked(prompt: str) -> str:
+    """The prompt without white space around it. Raises ConfigError where it is empty or not text."""
+    prompt = prompt.strip()
+    if not prompt:
+        raise ConfigError("A prompt is empty; say what to draw.")
+    return _text(prompt, "The prompt")
+
+
+def checked_negative(negative: str) -> str:
+    """What a picture should not show, without white space around it; may be empty. Raises ConfigError."""
+    return _text(negative.strip(), "The negative prompt")
+
+
+def _text(text: str, what: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{what} {ascii(text)[:80]} is not valid UTF-8; write it again.") from None
+    if "\0" in text:
+        raise ConfigError(f"{what} {ascii(text)[:80]} has a null character in it; take it out.")
+    return text
+
+
+def from_lines(text: str) -> list[str]:
+    """One prompt a line; blank lines are skipped. Raises ConfigError."""
+    return [checked(line) for line in text.split("\n") if line.strip()]
+
+
+def from_file(file: Path) -> list[str]:
+    """The prompts of a UTF-8 file, one a line. Raises ConfigError where it can't be read or has none."""
+    try:
+        prompts = from_lines(file.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"The prompts file {file} can't be read ({reason}).") from None
+    if not prompts:
+        raise ConfigError(f"The prompts file {file} has no prompts; write one a line.")
+    return prompts
+
+
+def length_of(text_encoder: Any, tokenizer: Any) -> int:
+    """Tokens that the text encoder reads at once, 77 for CLIP, with the one before and the one after the text."""
+    return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
+
+
+def token_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt, however long, without those that mark its begin and end."""
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def chunks(ids: Sequence[int], length: int) -> list[list[int]]:
+    """Tokens in order, `length - 2` a piece, so that begin and end fit around each. No tokens make one empty piece."""
+    room = length - 2
+    return [list(ids[i : i + room]) for i in range(0, max(len(ids), 1), room)]
+
+
+def framed(pieces: Sequence[Sequence[int]], tokenizer: Any, length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Each piece between begin and end token, padded to `length`; and a mask that is 0 on the padding."""
+    rows = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in pieces]
+    pad = tokenizer.pad_token_id
+    return (
+        [row + [pad] * (length - len(row)) for row in rows],
+        [[1] * len(row) + [0] * (length - len(row)) for row in rows],
+    )

@@ -1,0 +1,159 @@
+"""Fetching models from a Hugging Face hub: only what is needed, only safetensors, and one sentence when it fails.
+
+Hub, cache, token and offline mode are those of huggingface_hub: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from limner.errors import ModelError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+READABLE = (".json", ".txt", ".model", ".safetensors")
+NOT_LOADED = {"safety_checker", "feature_extractor"}
+"""Parts of a pipeline that Limner does without."""
+
+
+def looks_like_hub_id(ref: str) -> bool:
+    """Whether `ref` has the shape `name` or `owner/name`, either with `@revision`."""
+    return HUB_ID.fullmatch(ref) is not None
+
+
+@functools.cache  # one command asks for several parts of the same model
+def fetch(ref: str) -> Path:
+    """The folder that holds the hub model `ref`, fetched if it is not in the cache.
+
+    Without a connection, or in offline mode, the cache alone decides. Raises ModelError: unknown, gated, pickles
+    only, code in place of classes, or no connection and not cached.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    repo, _, revision = ref.partition("@")
+    at = {"repo_id": repo, "revision": revision or None}
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repo, revision=at["revision"]).siblings or ()]
+        index: dict[str, Any] = {}
+        if "model_index.json" in names:
+            index = json.loads(Path(hf_hub_download(**at, filename="model_index.json")).read_text(encoding="utf-8"))
+        wanted = choose(names, index)
+        refuse_pickles(names, wanted, index, ref)
+        return Path(snapshot_download(**at, allow_patterns=[_escape(name) for name in wanted]))
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the HTTP client and the hub's client raise; nothing of ours runs in here
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise  # the disk, not the hub
+        offline = isinstance(error, OfflineModeIsEnabled)
+        if _status(error) not in (401, 403, 404) and (folder := _cached(repo, at["revision"])):
+            return folder
+        _fail(ref, error, offline)
+
+
+def choose(names: Iterable[str], index: dict[str, Any]) -> list[str]:
+    """The files of a hub model to fetch: those of its parts, no pickles, no code, no second copy at lower precision.
+
+    `index` is its model_index.json; empty for the hub model of a single part, such as a CLIP.
+    """
+    parts = set(pipeline_parts(index)) | {"clip"}
+    readable = [name for name in names if name.endswith(READABLE)]
+    if index:
+        readable = [n for n in readable if n.split("/")[0] in parts or ("/" not in n and n.endswith(".json"))]
+    else:
+        readable = [n for n in readable if "/" not in n or n.split("/")[0] in parts]
+    plain = {_folder(n) for n in readable if n.endswith(".safetensors") and not variant_of(n)}
+    return [n for n in readable if not variant_of(n) or _folder(n) not in plain]
+
+
+def pipeline_parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The parts that a model_index.json names, as {folder: (library, class)}, without those that are absent."""
+    listed = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2}
+    return {k: (v[0], v[1]) for k, v in listed.items() if v[0] and v[1] and k not in NOT_LOADED}
+
+
+def refuse_pickles(names: Iterable[str], wanted: Iterable[str], index: dict[str, Any], ref: str) -> None:
+    """Raise ModelError where a part of the model has its weights only as a pickle, which can run code."""
+    parts = set(pipeline_parts(index)) or {""}
+    safe = {_folder(name) for name in wanted if name.endswith(".safetensors")}
+    for name in names:
+        if name.endswith(PICKLES) and _folder(name) in parts - safe:
+            raise ModelError(
+                f"{ref} has the weights {name} only as a pickle, which can run code when it is read; "
+                "choose a model with safetensors weights."
+            )
+
+
+def variant_of(name: str) -> str | None:
+    """The variant in a weight file's name: `model.fp16.safetensors` -> `fp16`, `model.safetensors` -> None."""
+    stem = PurePosixPath(name).name.removesuffix(".index.json").removesuffix(".safetensors")
+    is_weight = name.endswith((".safetensors", ".safetensors.index.json"))
+    variant = re.sub(r"-\d{5}-of-\d{5}", "", stem).partition(".")[2].removeprefix("safetensors").lstrip(".")
+    return variant or None if is_weight else None
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)  # a name, not a pattern
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The cached snapshot of a model, complete or not: what it lacks is named when it is loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model_index.json", "config.json"):
+        found = try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def cached_models() -> list[str]:
+    """The ids of the models in the local cache."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+    except CacheNotFound:
+        return []
+
+
+def _fail(ref: str, error: Exception, offline: bool) -> NoReturn:
+    """Say in one sentence why the hub did not give the model.
+
+    The client's own messages are left out: they may quote the request, and with it the token.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
+
+    name, _, revision = ref.partition("@")
+    hub, status = constants.ENDPOINT, _status(error)
+    if isinstance(error, HFValidationError):
+        reason = "that is not a hub id either"
+    elif isinstance(error, GatedRepoError) or status == 403:
+        reason = f"{hub} gives it only to those allowed; accept its terms there and set HF_TOKEN"
+    elif isinstance(error, RevisionNotFoundError):
+        reason = f"{name} at {hub} has no revision {revision}"
+    elif status in (401, 404):
+        reason = f"{hub} has none of that name, or only for a valid HF_TOKEN"
+    elif status is not None:
+        reason = f"{hub} answered with HTTP status {status}; try again later"
+    else:
+        why = "HF_HUB_OFFLINE is set" if offline else f"{hub} can't be reached ({type(error).__name__})"
+        reason = f"{why} and it is not in the local cache, which holds {', '.join(cached_models()) or 'no model'}"
+    raise ModelError(f"There is no model folder {ref}, and {reason}.") from None

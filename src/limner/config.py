@@ -101,7 +101,7 @@ class TrainConfig(StageConfig):
     batch_size: Annotated[PositiveInt, FLAG] = 32
     """Images a step, over all processes."""
     lr: Annotated[PositiveFloat, FLAG] = 1e-4
-    """Peak learning rate of AdamW; warm-up is linear, decay a cosine."""
+    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the peak learning rate that is left at the end."""
     warmup: int = Field(default=2_000, ge=0)
@@ -119,7 +119,7 @@ class TrainConfig(StageConfig):
     compile: bool = False
     """Compile the networks with torch.compile; pays after some minutes."""
     workers: PositiveInt = 1
-    """Data loading threads."""
+    """Processes that load the data."""
     threads: PositiveInt | None = None
     """Threads of the arithmetic on CPU; torch's choice when left out."""
     log_every: PositiveInt = 1_000
@@ -144,7 +144,7 @@ class TrainVaeConfig(TrainConfig):
     latent_channels: PositiveInt = 4
     """Channels of the latents of a new VAE."""
     lr: Annotated[PositiveFloat, FLAG] = 1e-3
-    """Peak learning rate of AdamW; warm-up is linear, decay a cosine."""
+    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
     kl_weight: float = Field(default=1e-4, ge=0)
     """Weight of the divergence of the moments from a unit Gaussian, in nats an element."""
     l2_weight: float = Field(default=1.0, ge=0)
@@ -157,7 +157,7 @@ class TrainClipConfig(TrainConfig):
     """Fine-tune CLIP, or train a new one, so that captions and photographs of the same thing lie close together."""
 
     lr: Annotated[PositiveFloat, FLAG] = 1e-5
-    """Peak learning rate of AdamW; warm-up is linear, decay a cosine."""
+    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's weight decay, on matrices and kernels only."""
     batch_size: Annotated[PositiveInt, FLAG] = 128
@@ -213,7 +213,7 @@ class TrainUnetConfig(TrainConfig):
     """Train the U-Net that turns noise into latents under the token states of a caption."""
 
     lr: Annotated[PositiveFloat, FLAG] = 5e-4
-    """Peak learning rate of AdamW; warm-up is linear, decay a cosine."""
+    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
     batch_size: Annotated[PositiveInt, FLAG] = 64
     """Images a step, over all processes."""
     objective: Annotated[Literal["flow", "eps", "v"], FLAG] = "flow"
@@ -261,6 +261,8 @@ class AssembleConfig(StageConfig):
     """Steps that `generate` takes with this model when none are asked for."""
     guidance: float = Field(default=7.5, ge=1)
     """Guidance that `generate` uses with this model when none is asked for."""
+    card: Path | None = None
+    """Markdown for MODEL_CARD.md, of what only you know: purpose, data, licence, limits; the facts are added."""
 
 
 class GenerateConfig(StageConfig):

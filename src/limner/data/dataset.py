@@ -7,6 +7,7 @@ D/{train,val,test}/*.jpg ...         the pictures
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,3 +56,11 @@ def read_training_split(folder: Path, *, captioned: bool) -> list[Record]:
         what = "captioned pictures" if captioned else "pictures"
         raise DataError(f"{folder} has no {what} in its train split; prepare a source that has some.")
     return records
+
+
+def split_identity(folder: Path, split: Split) -> str:
+    """One SHA-256 for a split: of `dataset.json`, which has its source's hash and settings, and its metadata."""
+    digest = hashlib.sha256()
+    for file in (folder / "dataset.json", folder / split / "metadata.jsonl"):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from multiprocessing.connection import wait as wait_for_process
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from limner.artifacts import PARTIAL
+from limner.artifacts import PARTIAL, write_text
 from limner.data.archives import Entry, read
 from limner.data.checks import Limits, examine
 from limner.data.dataset import Split
@@ -78,7 +78,7 @@ def plan_jobs(pictures: Sequence[Picture], splits: Sequence[Split]) -> list[Job]
 
 
 def safe_stem(name: str) -> str:
-    """The base name without its suffix, with letters of any language, and nothing a file system or shell minds."""
+    """The base name without its suffix, with letters of any language, and nothing that file systems mind."""
     stem = PurePosixPath(name.rsplit("/", 1)[-1]).stem
     stem = re.sub(r'[\\/:*?"<>|%\ufffd]|[^\S ]', "_", stem)
     stem = "".join(c if c.isprintable() else "_" for c in stem).strip(" ._")
@@ -108,6 +108,8 @@ def decode_all(jobs: Sequence[Job], out: Path, limits: Limits, workers: int) -> 
 
     Raises OSError where `out` can't be written, RunError where a process died.
     """
+    for split in {job.split for job in jobs}:
+        (out / split).mkdir(exist_ok=True)
     work = partial(decode_one, out=out, limits=limits)
     if workers == 1 or len(jobs) <= INLINE:
         yield from map(work, jobs)
@@ -177,9 +179,7 @@ class Journal:
 
     def record(self, outcomes: Iterator[Outcome], known: Sequence[Outcome]) -> Iterator[Outcome]:
         """Pass `outcomes` on and note each; `known` are those that an earlier run noted."""
-        hidden = self.path.with_name(f"{JOURNAL}{PARTIAL}")
-        hidden.write_text("".join(map(json_line, [self._identity, *map(asdict, known)])), encoding="utf-8")
-        hidden.replace(self.path)
+        write_text(self.path, "".join(map(json_line, [self._identity, *map(asdict, known)])))
         with self.path.open("a", encoding="utf-8") as file:
             for outcome in outcomes:
                 file.write(json_line(asdict(outcome)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limner.data.archives import Entry, Listing, base, list_source, list_zip
+from limner.data.checks import clean_caption, is_junk
 from limner.data.dataset import Split
 from limner.data.findings import (
     BAD_LINE,
@@ -113,7 +114,8 @@ def _match(files: list[Entry], texts: Texts, findings: list[Finding]) -> list[Pi
         else:
             found[name] = entry
             if texts.split_by is not None and name not in texts.splits:
-                findings.append(Finding(name, OUTSIDE))
+                junk = [caption for caption in map(clean_caption, texts.captions.get(name, ())) if is_junk(caption)]
+                findings.append(Finding(name, OUTSIDE, f"a caption says nothing: {junk[0]}" if junk else ""))
             else:
                 pictures.append(Picture(entry, name, tuple(texts.captions.get(name, ())), texts.splits.get(name)))
     for name in sorted(texts.captions.keys() | texts.splits.keys()):

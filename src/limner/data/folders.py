@@ -38,16 +38,18 @@ def read_imagefolder(path: Path) -> Source:
     metadata = [entry for entry in entries if base(entry.name) in ("metadata.jsonl", "metadata.csv")]
     captions: dict[str, list[str]] = defaultdict(list)
     unsafe = {finding.file for finding in findings if finding.reason == ESCAPES}
+    lost: dict[str, Finding] = {}  # one a picture, however many captions it has
     for entry in metadata:
         for name, texts in _metadata(entry, findings):
             inside = (PurePosixPath(entry.name).parent / name).as_posix()
             if escapes(name):
                 if name not in unsafe:
-                    findings.append(Finding(name, ESCAPES, f"named in {entry.name}"))
+                    lost[name] = Finding(name, ESCAPES, f"named in {entry.name}")
             elif inside in names:
                 captions[inside].extend(texts)
             else:
-                findings.append(Finding(inside, MISSING, f"named in {entry.name}"))
+                lost[inside] = Finding(inside, MISSING, f"named in {entry.name}")
+    findings += lost.values()
     pictures = [entry for entry in entries if is_picture_name(entry.name) or entry.name in captions]
     if not pictures:
         raise DataError(f"{path} holds no pictures; give the folder or archive that holds them.")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from limner.artifacts import atomic_file
 from limner.errors import DataError
 
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
@@ -52,3 +53,14 @@ def _to_pixels(image: Image.Image, box: tuple[int, int, int, int], size: int) ->
     resized = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
     array = torch.from_numpy(np.array(resized))  # (size, size, 3) uint8
     return array.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def save_grid(pixels: Tensor, path: Path, columns: int) -> None:
+    """Write pixels (N, 3, H, W) in [-1, 1] as one PNG, row by row."""
+    count, _, height, width = pixels.shape
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
+    arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for number, array in enumerate(arrays):  # (H, W, 3) uint8
+        sheet.paste(Image.fromarray(array), (number % columns * width, number // columns * height))
+    with atomic_file(path) as partial:
+        sheet.save(partial, format="PNG")

@@ -77,7 +77,7 @@ def write_report(
 
 def _split_rows(items: Sequence[Item]) -> list[tuple[str, int, int, str]]:
     """Split, pictures, captions, and how many captions a picture has."""
-    rows = []
+    rows: list[tuple[str, int, int, str]] = []
     for split in SPLITS:
         counts = [len(item.captions) for item in items if item.split == split]
         each = "–" if not counts else f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
@@ -115,9 +115,8 @@ def _words(items: Sequence[Item]) -> list[tuple[str, int, float]]:
         for caption in item.captions
         for word in re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", caption.lower())
     )
-    return _bars([(word, n) for word, n in words.most_common(TOP_WORDS + len(STOP_WORDS)) if word not in STOP_WORDS])[
-        :TOP_WORDS
-    ]
+    telling = [(word, n) for word, n in words.most_common() if word not in STOP_WORDS]
+    return _bars(telling[:TOP_WORDS])
 
 
 def _bars(counts: Sequence[tuple[str, int]]) -> list[tuple[str, int, float]]:

@@ -76,7 +76,7 @@ def prepare_captions(source: Source, *, uncaptioned: bool) -> tuple[list[Picture
         captions = [clean_caption(text) for text in picture.captions]
         for raw, caption in zip(picture.captions, captions):
             if not caption:
-                findings.append(Finding(picture.name, "empty caption", repr(raw) if raw else ""))
+                findings.append(Finding(picture.name, "empty caption", raw.strip()))
             elif is_junk(caption):
                 findings.append(Finding(picture.name, "caption says nothing", caption, kept=True))
             elif (tokens := estimate_tokens(caption)) > CLIP_LENGTH:
@@ -120,8 +120,8 @@ def read_text(entry: Entry) -> bytes:
 
 def read_csv(entry: Entry, findings: list[Finding]) -> Iterator[tuple[str, str]]:
     """File name and caption of each row of a CSV. Raises DataError where its header does not name such columns."""
-    lines, valid = zip(*decode_lines(read_text(entry))) if entry.size else ((), ())
-    rows = csv.reader(line.replace("\0", "") for line in lines)
+    lines = list(decode_lines(read_text(entry)))
+    rows = csv.reader(line.replace("\0", "") for line, _ in lines)
     header = [cell.strip().lower() for cell in next(rows, [])]
     name_at = next((header.index(c) for c in ("file_name", "image", "filename") if c in header), None)
     text_at = next((header.index(c) for c in ("text", "caption", "captions") if c in header), None)
@@ -138,7 +138,7 @@ def read_csv(entry: Entry, findings: list[Finding]) -> Iterator[tuple[str, str]]
             if text_at == len(header) - 1:
                 row[text_at:] = [",".join(row[text_at:])]  # a caption with commas that was not quoted
             name = row[name_at].strip()
-            if not all(valid[first:before]):
+            if not all(valid for _, valid in lines[first:before]):
                 findings.append(Finding(name, NOT_UTF8, f"{entry.name}, line {before}; read as Windows-1252", True))
             yield name, row[text_at]
     except csv.Error as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def from_file(file: Path) -> list[str]:
     if not prompts:
         raise ConfigError(f"The prompts file {file} has no prompts; write one a line.")
     return prompts
+
+
+def from_stdin() -> list[str]:
+    """The prompts that are piped in, one a line; none where nothing is. Raises ConfigError where they are not UTF-8."""
+    try:
+        return from_lines(sys.stdin.buffer.read().decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ConfigError("The prompts on standard input are not UTF-8; convert them.") from None
 
 
 def length_of(text_encoder: Any, tokenizer: Any) -> int:

@@ -6,9 +6,12 @@ Hub, cache, token and offline mode are those of huggingface_hub: HF_ENDPOINT, HF
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -35,27 +38,43 @@ def fetch(ref: str) -> Path:
     only, code in place of classes, or no connection and not cached.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
     repo, _, revision = ref.partition("@")
-    at = {"repo_id": repo, "revision": revision or None}
+    at = revision or None
     try:
-        names = [file.rfilename for file in HfApi().model_info(repo, revision=at["revision"]).siblings or ()]
-        index: dict[str, Any] = {}
-        if "model_index.json" in names:
-            index = json.loads(Path(hf_hub_download(**at, filename="model_index.json")).read_text(encoding="utf-8"))
-        wanted = choose(names, index)
-        refuse_pickles(names, wanted, index, ref)
-        return Path(snapshot_download(**at, allow_patterns=[_escape(name) for name in wanted]))
-    except ModelError:
-        raise
+        with _quiet():
+            names = [file.rfilename for file in HfApi().model_info(repo, revision=at).siblings or ()]
+            index: dict[str, Any] = {}
+            if "model_index.json" in names:
+                file = hf_hub_download(repo, "model_index.json", revision=at)
+                index = json.loads(Path(file).read_text(encoding="utf-8"))
+                refuse_code(index, ref)
+            wanted = choose(names, index)
+            refuse_pickles(names, wanted, index, ref)
+            return Path(snapshot_download(repo, revision=at, allow_patterns=[_escape(name) for name in wanted]))
+    except ModelError as error:
+        raise ModelError(f"{str(error).removesuffix('.')} ({_held()}).") from None
     except Exception as error:  # whatever the HTTP client and the hub's client raise; nothing of ours runs in here
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the disk, not the hub
-        offline = isinstance(error, OfflineModeIsEnabled)
-        if _status(error) not in (401, 403, 404) and (folder := _cached(repo, at["revision"])):
+        if _status(error) not in (401, 403, 404) and (folder := cached(ref)):
             return folder
-        _fail(ref, error, offline)
+        _fail(ref, error)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the hub client's warnings to itself, and its progress bars to terminals."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def choose(names: Iterable[str], index: dict[str, Any]) -> list[str]:
@@ -91,6 +110,29 @@ def refuse_pickles(names: Iterable[str], wanted: Iterable[str], index: dict[str,
             )
 
 
+def refuse_code(index: dict[str, Any], ref: str) -> None:
+    """Raise ModelError where a model_index.json names no class, or code of the model's own in place of Diffusers'."""
+    whole = index.get("_class_name")
+    if whole is None:
+        raise ModelError(f"The model_index.json of {ref} names no pipeline; choose another model.")
+    code = [] if isinstance(whole, str) else [whole]
+    code += [f"{library}.{cls}" for library, cls in pipeline_parts(index).values() if not _is_known(library)]
+    if code:
+        raise ModelError(
+            f"{ref} brings Python code of its own ({code[0]}), which Limner does not run; "
+            "choose a model of Diffusers' own classes."
+        )
+
+
+def _is_known(library: str) -> bool:
+    """Whether a part's class comes from Transformers, Diffusers or one of Diffusers' pipelines."""
+    if library in ("diffusers", "transformers"):
+        return True
+    spec = importlib.util.find_spec("diffusers")  # found, not imported
+    places = spec.submodule_search_locations if spec else None
+    return library.isidentifier() and any((Path(p) / "pipelines" / library).is_dir() for p in places or ())
+
+
 def variant_of(name: str) -> str | None:
     """The variant in a weight file's name: `model.fp16.safetensors` -> `fp16`, `model.safetensors` -> None."""
     stem = PurePosixPath(name).name.removesuffix(".index.json").removesuffix(".safetensors")
@@ -111,12 +153,17 @@ def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
-    """The cached snapshot of a model, complete or not: what it lacks is named when it is loaded."""
+def cached(ref: str) -> Path | None:
+    """The cached snapshot of a hub model, complete or not: what it lacks is named when it is loaded."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
+    repo, _, revision = ref.partition("@")
     for name in ("model_index.json", "config.json"):
-        found = try_to_load_from_cache(repo, name, revision=revision)
+        try:
+            found = try_to_load_from_cache(repo, name, revision=revision or None)
+        except HFValidationError:
+            return None
         if isinstance(found, str):
             return Path(found).parent
     return None
@@ -133,13 +180,17 @@ def cached_models() -> list[str]:
         return []
 
 
-def _fail(ref: str, error: Exception, offline: bool) -> NoReturn:
-    """Say in one sentence why the hub did not give the model.
+def _held() -> str:
+    return f"the local cache holds {', '.join(cached_models()) or 'no model'}"
+
+
+def _fail(ref: str, error: Exception) -> NoReturn:
+    """Say in one sentence why the hub did not give the model, and what there is without it.
 
     The client's own messages are left out: they may quote the request, and with it the token.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 
     name, _, revision = ref.partition("@")
     hub, status = constants.ENDPOINT, _status(error)
@@ -154,6 +205,7 @@ def _fail(ref: str, error: Exception, offline: bool) -> NoReturn:
     elif status is not None:
         reason = f"{hub} answered with HTTP status {status}; try again later"
     else:
+        offline = isinstance(error, OfflineModeIsEnabled)
         why = "HF_HUB_OFFLINE is set" if offline else f"{hub} can't be reached ({type(error).__name__})"
-        reason = f"{why} and it is not in the local cache, which holds {', '.join(cached_models()) or 'no model'}"
-    raise ModelError(f"There is no model folder {ref}, and {reason}.") from None
+        reason = f"{why} and it is not in the local cache"
+    raise ModelError(f"There is no model folder {ref}, and {reason} ({_held()}).") from None

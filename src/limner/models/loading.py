@@ -6,13 +6,13 @@ them out. Weights are read from safetensors only, and only as classes that are n
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limner import artifacts
 from limner.errors import ModelError
 from limner.models import hub
 
@@ -45,14 +45,19 @@ def resolve(ref: str) -> Path:
         if not (BUILTIN / "model_index.json").exists():
             raise ModelError("This installation has no built-in model; name a model folder or a hub id with --model.")
         return BUILTIN
+    if is_hub_id(ref):
+        return hub.fetch(ref)
     folder = Path(ref).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ModelError(f"{ref} is a file; name the model folder that it belongs to.")
-    if not hub.looks_like_hub_id(ref):
-        raise ModelError(f"There is no model folder {ref}; name one that exists, a hub id or builtin.")
-    return hub.fetch(ref)
+    raise ModelError(f"There is no model folder {ref}; name one that exists, a hub id or builtin.")
+
+
+def is_hub_id(ref: str) -> bool:
+    """Whether a reference to a model means one on the hub: neither `builtin` nor anything that lies here."""
+    return ref != "builtin" and not Path(ref).expanduser().exists() and hub.looks_like_hub_id(ref)
 
 
 def component(ref: str, name: str) -> Path:
@@ -68,7 +73,7 @@ def component(ref: str, name: str) -> Path:
         if fits(place, name):
             return place
     noun = NOUNS.get(name, name)
-    held = [other for other in CLASSES if any(fits(p, other) for p in (root / other, root / "model" / other, root))]
+    held = parts_in(root)
     if (root / "checkpoints").is_dir() and not held:
         raise ModelError(f"The run in {ref} has no result yet; finish it by running its command again.")
     odd = [c for p in places if (c := class_of(p)) and CLASSES[name]]
@@ -110,68 +115,77 @@ def read_config(file: Path) -> dict[str, Any]:
 def pipeline_index(folder: Path) -> dict[str, Any]:
     """The model_index.json of a whole model folder.
 
-    Raises ModelError where it is missing, or names code of its own in place of Diffusers' classes.
+    Raises ModelError where it is missing, names code of its own in place of Diffusers' classes, or has pickles only.
     """
     file = folder / "model_index.json"
     if not file.is_file():
-        held = [name for name in CLASSES if fits(folder / name, name) or fits(folder / "model" / name, name)]
+        held = parts_in(folder)
+        if not held and (folder / "checkpoints").is_dir():
+            raise ModelError(f"The run in {folder} has no result yet; finish it by running its command again.")
         what = f"only the part {' and '.join(held)}; join parts with limner assemble" if held else "no model"
         raise ModelError(f"{folder} holds {what}; a whole model has a model_index.json.")
     index = read_config(file)
-    code = [index["_class_name"]] if not isinstance(index.get("_class_name"), str) else []
-    code += [[lib, c] for lib, c in hub.pipeline_parts(index).values() if not _is_known(lib)]
-    if code:
-        raise ModelError(
-            f"{folder} brings Python code of its own ({code[0]}), which Limner does not run; "
-            "choose a model of Diffusers' own classes."
-        )
+    hub.refuse_code(index, str(folder))
     names = [p.relative_to(folder).as_posix() for p in folder.glob("*/*")]
     hub.refuse_pickles(names, names, index, str(folder))
     return index
 
 
-def _is_known(library: str) -> bool:
-    """Whether a part's class comes from Transformers, Diffusers or one of Diffusers' pipelines."""
-    if library in ("diffusers", "transformers"):
-        return True
-    spec = importlib.util.find_spec("diffusers")  # found, not imported
-    places = spec.submodule_search_locations if spec else None
-    return library.isidentifier() and any((Path(p) / "pipelines" / library).is_dir() for p in places or ())
+def parts_in(root: Path) -> list[str]:
+    """The parts that a run or model folder holds, or is."""
+    return [name for name in CLASSES if any(fits(place, name) for place in (root / name, root / "model" / name, root))]
 
 
 @contextmanager
-def _reading(what: str, folder: Path) -> Iterator[None]:
-    """Turn what the libraries raise about a broken or unfitting folder into one sentence; quieten them meanwhile."""
+def quiet() -> Iterator[None]:
+    """Keep warnings and progress bars of Diffusers and Transformers off the terminal."""
     from diffusers.utils import logging as diffusers_logging
-    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
-    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
-    for log, _ in levels:
+    logs = (diffusers_logging, transformers_logging)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
         log.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+        log.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    finally:
+        for log, level in zip(logs, levels):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
+
+
+@contextmanager
+def reading(what: str, folder: Path) -> Iterator[None]:
+    """Turn what the libraries raise about a broken or unfitting folder into one sentence; quieten them meanwhile."""
+    from safetensors import SafetensorError
+
+    problems = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError)
+    try:
+        with quiet():
+            yield
+    except problems as error:
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise ModelError(f"The {what} in {folder} can't be read ({reason}); fetch or make it again.") from None
-    finally:
-        for log, level in levels:
-            log.set_verbosity(level)
+
+
+def variant(names: Iterable[str]) -> str | None:
+    """The variant to load of these weight files: None where there is a plain one, or else the first."""
+    variants = {hub.variant_of(name) for name in names if name.endswith(".safetensors")}
+    return None if None in variants else min((v for v in variants if v), default=None)
 
 
 def _weights(cls: Any, what: str, folder: Path, dtype: torch.dtype | None) -> Any:
     """An instance of a Diffusers or Transformers model class, in evaluation mode, every weight read from the file."""
     import torch
 
-    names = [p.name for p in folder.glob("*.safetensors")]
-    hub.refuse_pickles([p.name for p in folder.iterdir()], names, {}, str(folder))
-    variants = {hub.variant_of(name) for name in names} or {None}
-    with _reading(what, folder):
+    names = [p.name for p in folder.iterdir()]
+    hub.refuse_pickles(names, names, {}, str(folder))
+    with reading(what, folder):
         model, info = cls.from_pretrained(
             folder,
             dtype=dtype or torch.float32,
-            variant=None if None in variants else sorted(variants, key=str)[0],
+            variant=variant(names),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -207,7 +221,7 @@ def load_scheduler(ref: str) -> Any:
     cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if cls is None:
         raise ModelError(f"The scheduler {name} in {folder} is not one of Diffusers'; choose another model.")
-    with _reading("scheduler", folder):
+    with reading("scheduler", folder):
         return cls.from_pretrained(folder, local_files_only=True)
 
 
@@ -216,7 +230,7 @@ def load_tokenizer(ref: str) -> Any:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     folder = component(ref, "tokenizer")
-    with _reading("tokenizer", folder):
+    with reading("tokenizer", folder):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -227,8 +241,7 @@ def load_text_encoder(ref: str, dtype: torch.dtype | None = None) -> tuple[Any, 
     """
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
-    root = resolve(ref)
-    if any(fits(place, "text_encoder") for place in (root, root / "text_encoder")):
+    if _text_part(ref) == "text_encoder":
         encoder = _weights(CLIPTextModel, "text encoder", component(ref, "text_encoder"), dtype)
         return encoder, load_tokenizer(ref)
     clip, tokenizer = load_clip(ref, dtype)
@@ -241,3 +254,20 @@ def load_clip(ref: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
 
     folder = component(ref, "clip")
     return _weights(CLIPModel, "CLIP", folder, dtype), load_tokenizer(str(folder))
+
+
+def identity(ref: str, name: str) -> str:
+    """The sha256 of one part's weights, for a manifest. Raises ModelError."""
+    return artifacts.identity(component(ref, name))
+
+
+def text_identity(ref: str) -> str:
+    """The sha256 of the weights that `load_text_encoder` reads, for a manifest. Raises ModelError."""
+    return identity(ref, _text_part(ref))
+
+
+def _text_part(ref: str) -> str:
+    """Where the text encoder of `ref` comes from: its own folder, or its CLIP."""
+    root = resolve(ref)
+    own = any(fits(place, "text_encoder") for place in (root, root / "text_encoder"))
+    return "text_encoder" if own else "clip"

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from limner.errors import ConfigError
+
+NORM_GROUPS = 8
+LOGVAR = (-30.0, 20.0)  # the range that Diffusers' DiagonalGaussianDistribution clamps to
+
+
+def new(channels: Sequence[int], layers: int, latent_channels: int) -> Any:
+    """An untrained AutoencoderKL: `channels` at each resolution, of which each but the last halves the side.
+
+    Raises ConfigError where the channels don't fit its group norms.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    if bad := [c for c in channels if c % NORM_GROUPS]:
+        raise ConfigError(f"channels of a VAE must be multiples of {NORM_GROUPS}, not {bad[0]}.")
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=tuple(channels),
+        layers_per_block=layers,
+        latent_channels=latent_channels,
+        norm_num_groups=NORM_GROUPS,
+        scaling_factor=1.0,
+    )
+
+
+def factor(vae_config: Any) -> int:
+    """Pixels a latent, along a side."""
+    name = "block_out_channels" if "block_out_channels" in vae_config else "decoder_block_out_channels"
+    return int(2 ** (len(vae_config[name]) - 1))
+
 
 def encode(vae: Any, pixels: Tensor) -> Tensor:
     """Moments of pixels in [-1, 1].
 
-    pixels (N, 3, H, W) -> (N, 2C, h, w): the mean of the encoder's Gaussian, then its log-variance.
+    pixels (N, 3, H, W) -> (N, 2C, h, w): the mean of the encoder's Gaussian, then its log-variance. An
+    AutoencoderTiny has no variance, so it gets the smallest that `sample` knows.
     """
-    moments: Tensor = vae.encode(pixels).latent_dist.parameters
+    encoded = vae.encode(pixels)
+    if (latents := getattr(encoded, "latents", None)) is not None:
+        return torch.cat([latents, torch.full_like(latents, LOGVAR[0])], dim=1)
+    moments: Tensor = encoded.latent_dist.parameters
     return moments
 
 
@@ -23,7 +59,7 @@ def sample(moments: Tensor, noise: Tensor) -> Tensor:
     moments (N, 2C, h, w), noise (N, C, h, w) -> (N, C, h, w).
     """
     mean, logvar = moments.chunk(2, dim=1)  # (N, C, h, w) each
-    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
+    return mean + torch.exp(0.5 * logvar.clamp(*LOGVAR)) * noise
 
 
 def to_latents(vae_config: Any, drawn: Tensor) -> Tensor:

@@ -126,7 +126,8 @@ def _split_by(config: PrepareConfig, source: Source) -> str:
 
 
 def _workers(config: PrepareConfig) -> int:
-    return config.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return config.workers or cores or 1
 
 
 def _is_finished(config: PrepareConfig, identity: dict[str, Any]) -> bool:
@@ -136,11 +137,14 @@ def _is_finished(config: PrepareConfig, identity: dict[str, Any]) -> bool:
     if not (out / "dataset.json").exists():
         return False
     facts = read_json(out / "dataset.json")
-    if {"settings": facts.get("settings"), "sha256": facts.get("source", {}).get("sha256")} != identity:
+    try:
+        found = {"settings": facts["settings"], "sha256": facts["source"]["sha256"]}
+    except (KeyError, TypeError):
+        found = {}
+    if found != identity:
         raise DataError(f"{out} was made from another source or with other settings; choose another --out.")
     for split, count in facts["counts"].items():
-        names = [name for name in os.listdir(out / split) if not name.startswith(".")] if count else []
-        if count and len(names) != count + 1:  # the pictures and metadata.jsonl
+        if count and len(list((out / split).glob("[!.]*"))) != count + 1:  # the pictures and metadata.jsonl
             raise DataError(f"{out / split} has lost or gained files since it was made; delete {out} and run again.")
     (out / JOURNAL).unlink(missing_ok=True)  # killed after the last step but this
     return True
@@ -159,8 +163,6 @@ def _refuse_wrong_out(config: PrepareConfig) -> None:
 
 def _decode(config: PrepareConfig, jobs: Sequence[Job], identity: dict[str, Any]) -> dict[str, Outcome]:
     """The outcome of every job by name; those that an earlier run noted are not done again."""
-    for split in {job.split for job in jobs}:
-        (config.out / split).mkdir(parents=True, exist_ok=True)
     journal = Journal(config.out, identity)
     outcomes = journal.outcomes()
     left = [job for job in jobs if job.name not in outcomes]
@@ -186,7 +188,8 @@ def _finish(
         else:
             items.append(Item(outcome, picture.captions))
     if not items:
-        _remove_traces(out)
+        (out / JOURNAL).unlink()
+        _clear_leftovers(out)
         reason = Counter(outcome.reason for outcome in outcomes).most_common(1)[0][0]
         raise DataError(f"None of the {len(outcomes)} pictures in {config.source} can be used (mostly: {reason}).")
     repeated = same_pixels([_hashed(item) for item in items])
@@ -231,7 +234,7 @@ def _facts(
         "limner": __version__,
         "counts": {split: sum(item.split == split for item in items) for split in SPLITS},
         "captions": {split: sum(len(i.captions) for i in items if i.split == split) for split in SPLITS},
-        "splits": {"by": split_by, "official": survey.source.split_by is not None},
+        "splits": {"by": split_by, "from_source": survey.source.split_by is not None},
         "source": {"layout": survey.source.layout, "sha256": identity["sha256"], **listed},
         "quarantined": dict(Counter(finding.reason for finding in findings if not finding.kept)),
         "remarks": dict(Counter(finding.reason for finding in findings if finding.kept)),
@@ -250,30 +253,15 @@ def _row(item: Item) -> dict[str, Any]:
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing, and the folders of splits in which nothing is left."""
-    for split in SPLITS:
-        folder = out / split
-        if folder.is_dir():
-            for path in folder.glob(f".*{PARTIAL}"):
-                path.unlink()
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _remove_traces(out: Path) -> None:
-    """Remove a folder in which no picture arrived, and nothing that others put there."""
-    _clear_leftovers(out)
-    (out / JOURNAL).unlink()
-    if not any(out.iterdir()):
-        out.rmdir()
+    """Remove what a killed run was writing, and folders in which nothing is left."""
+    for folder in (*(out / split for split in SPLITS), out):
+        for path in folder.glob(f".*{PARTIAL}"):
+            path.unlink()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _summarise(out: Path, facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     duplicates = facts["duplicates"]
     quarantined = ", ".join(f"{n} {reason}" for reason, n in facts["quarantined"].items())
     pictures = ", ".join(f"{facts['counts'][split]:,} {split}" for split in SPLITS)
@@ -287,5 +275,4 @@ def _summarise(out: Path, facts: dict[str, Any]) -> None:
         ("duplicates", f"{exact}, {duplicates['near_across_splits']} near ones across splits"),
         ("report", str(out / "report.html")),
     ):
-        table.add_row(Text(label, style="bold"), Text(value))
-    Console().print(table)
+        print(f"{label:<12} {value}")

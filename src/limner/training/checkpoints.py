@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,11 @@ def load_newest(
     return None
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; the best one has a name of its own and stays."""
+def prune(checkpoints: Path, keep: int, *, best: Path | None = None) -> None:
+    """Delete all but the newest `keep`; `best`, if given, is first kept under the name `best` (hard links, no copy)."""
+    if best is not None:
+        with atomic_folder(checkpoints / BEST) as partial:
+            shutil.copytree(best, partial, copy_function=os.link, dirs_exist_ok=True)
     for folder in numbered(checkpoints)[:-keep]:
         shutil.rmtree(folder)
 

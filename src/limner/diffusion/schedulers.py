@@ -1,0 +1,38 @@
+"""Diffusers' schedulers: a new one for an objective, and the objective of a given one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from limner.diffusion.objectives import TIMESTEPS, Objective
+from limner.errors import ModelError
+
+PREDICTION_TYPES: dict[str, Objective] = {"flow_prediction": "flow", "epsilon": "eps", "v_prediction": "v"}
+"""Diffusers' names for the objectives."""
+
+
+def new(objective: Objective) -> Any:
+    """DPM-Solver++ of second order (Lu et al. 2211.01095) for a U-Net of this objective.
+
+    eps and v take Stable Diffusion's noise schedule.
+    """
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    prediction_type = next(name for name, known in PREDICTION_TYPES.items() if known == objective)
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=TIMESTEPS,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction_type,
+        use_flow_sigmas=objective == "flow",
+        steps_offset=1,
+    )
+
+
+def objective_of(scheduler: Any) -> Objective:
+    """What the U-Net beside this scheduler predicts. Raises ModelError where Limner can't train that."""
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ModelError(f"The U-Net predicts {prediction_type}, which Limner can't train; choose another model.")
+    return PREDICTION_TYPES[prediction_type]

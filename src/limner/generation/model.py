@@ -1,0 +1,144 @@
+"""A loaded model: call it with a prompt to get pictures."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from limner import artifacts
+from limner.errors import ConfigError
+from limner.generation import painters, provenance
+from limner.generation.engine import OnStep
+from limner.generation.jobs import Job, Spec, make_jobs, read_spec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and the record of its origin, which `save` writes into the file."""
+
+    image: Image
+    record: dict[str, Any]
+
+    def save(self, folder: Path | str) -> Path:
+        """Write a PNG named after prompt and seed; an earlier picture is never replaced. Raises OSError."""
+        return provenance.save(self.image, self.record, Path(folder))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What one call of a model drew, in order: the prompts, and for each its seeds."""
+
+    pictures: tuple[Picture, ...]
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures without their records."""
+        return [picture.image for picture in self.pictures]
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Write all as PNG; see `Picture.save`."""
+        return [picture.save(folder) for picture in self.pictures]
+
+
+class Model:
+    """A text-to-image model on a device."""
+
+    def __init__(self, spec: Spec, device: str | None = None) -> None:
+        """Load what `spec` describes. Raises ModelError, or ConfigError for a device that is not there."""
+        self.spec = spec
+        self.device = choose_device(device)
+        self.painter = painters.new(spec, self.device)
+
+    @classmethod
+    def load(cls, ref: str, device: str | None = None) -> Self:
+        """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one. Raises as `Model` does."""
+        return cls(read_spec(ref), device)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative: str = "",
+        size: str | int | None = None,
+        batch_size: int = 8,
+        on_step: OnStep | None = None,
+    ) -> Pictures:
+        """Draw `n` pictures a prompt, with the seeds `seed`, `seed + 1`, ...
+
+        steps, guidance and size (SIDE or "WIDTHxHEIGHT", in pixels) are the model's own when left out; guidance 1 is
+        off. A prompt and a seed make one picture: bit for bit on a CPU whatever else is drawn with it, and on a GPU
+        but for the last bits of its arithmetic. Raises ConfigError for a setting that doesn't fit.
+        """
+        jobs = make_jobs(
+            self.spec,
+            [prompts] if isinstance(prompts, str) else prompts,
+            n=n,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            negative=negative,
+            size=size,
+        )
+        return Pictures(tuple(self.draw(self.settle(jobs), batch_size=batch_size, on_step=on_step)))
+
+    def settle(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs with the settings that were left to the model. Raises ConfigError where one can't be drawn."""
+        return [self.painter.settle(job) for job in jobs]
+
+    def draw(self, jobs: Sequence[Job], *, batch_size: int = 8, on_step: OnStep | None = None) -> Iterator[Picture]:
+        """Draw settled jobs, in their order, each as soon as its batch is done. Raises ConfigError, ModelError."""
+        for job, image in zip(jobs, self.painter.paint(jobs, batch_size, on_step)):
+            drawn = replace(job, width=image.width, height=image.height)
+            yield Picture(image, provenance.make_record(drawn, self.facts, self.device_facts))
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """The model for a picture's record: name, scheduler, and the sha256 of each weight file and of all together."""
+        weights = {
+            f"{part}/{name}": digest
+            for part in self.spec.parts
+            for name, digest in artifacts.sha256_folder(self.spec.folder / part, "*.safetensors").items()
+        }
+        together = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in weights.items()).encode())
+        # Infinity, which some schedulers have, is not JSON
+        scheduler = json.loads(self.painter.scheduler.to_json_string(), parse_constant=str)
+        return {
+            "ref": self.spec.ref,
+            "pipeline": self.spec.pipeline,
+            "scheduler": scheduler,
+            "weights": weights,
+            "sha256": together.hexdigest(),
+        }
+
+    @functools.cached_property
+    def device_facts(self) -> dict[str, Any]:
+        """The device for a picture's record."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        return {"type": self.device.type, "name": name, "threads": torch.get_num_threads()}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the GPU when there is one. Raises ConfigError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"There is no device {name!r} here; leave out --device, or name cpu or cuda.") from None
+    return device

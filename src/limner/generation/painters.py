@@ -1,0 +1,229 @@
+"""Painters turn jobs into pictures: Limner's own loop over Stable Diffusion's parts, or any pipeline of Diffusers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from limner.errors import ConfigError, ModelError
+from limner.generation import prompts as texts
+from limner.generation.engine import (
+    OnStep,
+    denoise,
+    embeds_guidance,
+    encode_prompts,
+    generators,
+    initial_noise,
+    to_images,
+)
+from limner.generation.jobs import GUIDANCE, STEPS, Job, Spec
+from limner.models import hub, loading
+from limner.models import vae as vaes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Painter(Protocol):
+    """What turns jobs into pictures."""
+
+    scheduler: Any
+
+    def settle(self, job: Job) -> Job:
+        """The job with the settings that were left to the painter. Raises ConfigError where it can't be drawn."""
+
+    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
+        """Draw settled jobs, in their order, up to `batch_size` at once. Raises ConfigError, ModelError."""
+
+
+class LatentDiffusion:
+    """A CLIP text encoder, a U-Net and a VAE: Stable Diffusion 1 and 2, and what Limner trains."""
+
+    def __init__(self, spec: Spec, device: torch.device) -> None:
+        """Load from a model folder. Raises ModelError."""
+        ref = str(spec.folder)
+        encoder, self.tokenizer = loading.load_text_encoder(ref)
+        self.text_encoder = encoder.to(device)
+        self.unet = loading.load_unet(ref).to(device)
+        self.vae = loading.load_vae(ref).to(device)
+        self.scheduler = loading.load_scheduler(ref)
+        self.factor = spec.factor
+        self.device = device
+        if not hasattr(self.scheduler, "init_noise_sigma"):  # Diffusers' own pipeline fails on these too
+            raise ModelError(f"The {type(self.scheduler).__name__} of {spec.ref} is not for a StableDiffusionPipeline.")
+        # Diffusers' StableDiffusionPipeline overrides these two settings of any scheduler that has them.
+        overridden = {"steps_offset": 1, "clip_sample": False}
+        self.scheduler.register_to_config(**{k: v for k, v in overridden.items() if k in self.scheduler.config})
+
+    def settle(self, job: Job) -> Job:
+        """The job as it is: the model's files name all settings, and any prompt fits, cut into pieces."""
+        return job
+
+    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
+        """Jobs that differ in prompt, negative prompt and seed only share a batch; on the CPU each has its own.
+
+        There oneDNN and MKL add up in another order for another batch size, from the first convolution on, and the
+        last bits of a picture would depend on its neighbours. What that costs: small pictures take up to twice as
+        long as in a batch of eight; from about 512 pixels on there is no difference.
+        """
+        most = 1 if self.device.type == "cpu" else batch_size
+        for _, alike in groupby(jobs, key=self._shape):
+            group = list(alike)
+            for start in range(0, len(group), most):
+                batch = group[start : start + most]
+                with loading.quiet(), _enough_memory(batch):
+                    images = self._draw(batch, on_step)
+                yield from images
+
+    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None) -> list[Image]:
+        """The algorithm, for jobs of one shape."""
+        first = jobs[0]
+        assert first.steps is not None
+        assert first.guidance is not None
+        states, negative_states = self._states(jobs)  # (N, L, D) each
+        sources = generators([job.seed for job in jobs])
+        noise = initial_noise(sources, self._latent_shape(first)).to(self.device)  # (N, C, h, w)
+        latents = denoise(
+            self.unet,
+            self.scheduler,
+            noise,
+            states,
+            steps=first.steps,
+            guidance=first.guidance,
+            negative_states=negative_states,
+            generators=sources,
+            on_step=on_step and (lambda done: on_step(done * len(jobs))),
+        )
+        if not latents.isfinite().all():
+            raise ModelError("The model's numbers grew beyond all bounds; take more steps or less guidance.")
+        with torch.no_grad():
+            pixels = vaes.decode(self.vae, latents)  # (N, 3, H, W)
+        return to_images(pixels)
+
+    def _states(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None]:
+        """Token states of prompts and negative prompts; each pair is encoded alone, so no other changes its bits."""
+        if not self._two_passes(jobs[0]):
+            return torch.cat([self._encode([job.prompt]) for job in jobs]), None
+        pairs = torch.stack([self._encode([job.negative, job.prompt]) for job in jobs])  # (N, 2, L, D)
+        return pairs[:, 1], pairs[:, 0]
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        return encode_prompts(self.text_encoder, self.tokenizer, prompts)
+
+    def _two_passes(self, job: Job) -> bool:
+        return job.guidance != 1 and not embeds_guidance(self.unet)
+
+    def _latent_shape(self, job: Job) -> tuple[int, int, int]:
+        assert job.height is not None
+        assert job.width is not None
+        return int(self.unet.config["in_channels"]), job.height // self.factor, job.width // self.factor
+
+    def _shape(self, job: Job) -> tuple[Any, ...]:
+        """Equal for jobs that can share a batch: the same settings, and prompts cut into as many pieces."""
+        length = texts.length_of(self.text_encoder, self.tokenizer)
+        prompts = [job.prompt, job.negative] if self._two_passes(job) else [job.prompt]
+        pieces = max(len(texts.chunks(texts.token_ids(self.tokenizer, prompt), length)) for prompt in prompts)
+        return pieces, replace(job, prompt="", negative="", seed=0)
+
+
+class Pipeline:
+    """Any other text-to-image pipeline of Diffusers, called as it is, one picture at a time."""
+
+    def __init__(self, spec: Spec, device: torch.device) -> None:
+        """Load from a model folder. Raises ModelError."""
+        index = loading.pipeline_index(spec.folder)
+        left_out: dict[str, Any] = {name: None for name in hub.NOT_LOADED if name in index}
+        with loading.reading("pipeline", spec.folder):
+            from diffusers import DiffusionPipeline
+
+            self.pipeline = DiffusionPipeline.from_pretrained(
+                spec.folder,
+                dtype=torch.float32,
+                variant=loading.variant(file.name for part in spec.parts for file in (spec.folder / part).glob("*")),
+                use_safetensors=True,
+                local_files_only=True,
+                **left_out,
+            ).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.name = spec.pipeline
+        self.scheduler = self.pipeline.scheduler
+        self.takes = inspect.signature(self.pipeline.__call__).parameters
+        needed = [name for name, p in self.takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if "prompt" not in self.takes or set(needed) - {"prompt"}:
+            raise ModelError(
+                f"{spec.ref} is a {self.name}, which needs more than a prompt or none; name another model."
+            )
+
+    def settle(self, job: Job) -> Job:
+        """Steps and guidance are the pipeline's own when left out; a prompt that it would cut is refused."""
+        for option, given in (("negative_prompt", job.negative), ("guidance_scale", job.guidance)):
+            if given and option not in self.takes:
+                raise ConfigError(f"{self.name} has no {option.split('_')[0]} setting; leave it out for this model.")
+        if not self._reads_whole(job.prompt):
+            raise ConfigError(f"The prompt {job.prompt[:40]!r}... is longer than {self.name} reads; shorten it.")
+        steps = job.steps or self._default("num_inference_steps") or STEPS
+        guidance = job.guidance or self._default("guidance_scale") or GUIDANCE
+        return replace(job, steps=steps, guidance=guidance)
+
+    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
+        """One call a job."""
+        for job in jobs:
+            with loading.quiet(), _enough_memory([job]):
+                image = self._draw(job)
+            if on_step is not None:
+                on_step(job.steps or 0)
+            yield image
+
+    def _draw(self, job: Job) -> Image:
+        wanted = {
+            "prompt": job.prompt,
+            "negative_prompt": job.negative or None,
+            "num_inference_steps": job.steps,
+            "guidance_scale": job.guidance,
+            "width": job.width,
+            "height": job.height,
+            "generator": torch.Generator("cpu").manual_seed(job.seed),
+        }
+        try:
+            image: Image = self.pipeline(**{k: v for k, v in wanted.items() if k in self.takes}).images[0]
+        except ValueError as error:
+            raise ConfigError(f"{self.name} can't draw this ({error}); change the settings.") from None
+        return image
+
+    def _default(self, option: str) -> Any:
+        return self.takes[option].default if option in self.takes else None
+
+    def _reads_whole(self, prompt: str) -> bool:
+        """Whether one of the pipeline's tokenizers takes the whole prompt; pipelines cut without a word."""
+        parts = self.pipeline.components.items()
+        tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
+        limits = [
+            t.model_max_length if "CLIP" in type(t).__name__ else self._default("max_sequence_length") or 10**9
+            for t in tokenizers
+        ]
+        lengths = [len(t(prompt, verbose=False)["input_ids"]) for t in tokenizers]
+        return not tokenizers or any(length <= limit for length, limit in zip(lengths, limits))
+
+
+@contextmanager
+def _enough_memory(jobs: Sequence[Job]) -> Iterator[None]:
+    """Say in one sentence that the memory is too small."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        what = f"{len(jobs)} of {jobs[0].width}x{jobs[0].height} at once" if len(jobs) > 1 else "a picture of this size"
+        raise ConfigError(f"The memory is too small for {what}; choose a smaller --size or batch_size.") from None
+
+
+def new(spec: Spec, device: torch.device) -> Painter:
+    """The painter for a model. Raises ModelError."""
+    return LatentDiffusion(spec, device) if spec.own_loop else Pipeline(spec, device)

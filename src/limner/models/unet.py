@@ -1,0 +1,31 @@
+"""A new U-Net."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from limner.config import TrainUnetConfig
+
+
+def new(config: TrainUnetConfig, *, side: int, latent_channels: int, state_width: int) -> Any:
+    """An untrained UNet2DConditionModel of the sizes that `config` sets.
+
+    It draws latents of `side` and `latent_channels`, and attends to token states of `state_width`.
+    """
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
+    return UNet2DConditionModel(
+        sample_size=side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        # Diffusers calls the number of heads their width; it says so in UNet2DConditionModel.
+        attention_head_dim=tuple(c // config.head_width for c in config.channels),
+        cross_attention_dim=state_width,
+        norm_num_groups=config.head_width,
+    )

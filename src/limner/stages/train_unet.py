@@ -1,0 +1,158 @@
+"""`limner train unet`: the network that turns noise into latents under the token states of a caption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from limner.artifacts import identity, read_json
+from limner.config import EncodeConfig, TrainUnetConfig
+from limner.data.latents import LatentCache
+from limner.data.pictures import may_flip, save_grid
+from limner.diffusion import objectives, schedulers
+from limner.errors import DataError, ModelError
+from limner.generation.engine import denoise, encode_prompts, initial_noise
+from limner.models import loading, unet
+from limner.models import vae as vaes
+from limner.training.loop import plan_training, run_training
+from limner.training.stream import Example, Stream
+
+JUDGED = 256  # val pictures for the validation loss
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which each of them is judged
+SHOWN = 8  # val captions that are drawn, beside the sample prompts
+STEPS, GUIDANCE = 20, 4.0  # of samples
+
+
+def run(config: TrainUnetConfig) -> Path:
+    """Train, or go on where the run stopped. -> the run folder, with `model/unet` and `model/scheduler`.
+
+    Raises DataError, ModelError, ConfigError or RunError in one sentence.
+    """
+    return run_training(TrainUnet, config)
+
+
+def plan(config: TrainUnetConfig) -> dict[str, Any]:
+    """What `run` would do; a few steps are timed, nothing is written."""
+    return plan_training(TrainUnet, config)
+
+
+class TrainUnet:
+    """The task: predict data, noise or what lies between, from noised latents and token states."""
+
+    def __init__(self, config: TrainUnetConfig) -> None:
+        """Raises DataError or ModelError."""
+        self.config = config
+        self.train, self.val = LatentCache(config.data, "train"), LatentCache(config.data, "val")
+        if not len(self.val):
+            raise DataError(f"{config.data} has no pictures in its val split; encode a dataset with some.")
+        # EncodeConfig, to know the VAE and the text encoder that samples are drawn with
+        self.encoded = EncodeConfig.model_validate(read_json(config.data / "config.json"))
+        self.vae_config = loading.read_config(loading.component(self.encoded.vae, "vae") / "config.json")
+        self.prompt_states, self.empty = self._prompt_states()
+        channels, side = self.train.moments.shape[2] // 2, self.train.moments.shape[-1]
+        self.shape = (channels, side, side)
+        self.parents = {"data": identity(config.data / "cache", "*")}
+        if config.model is None:
+            width = self.empty.shape[-1]
+            self.scheduler = schedulers.new(config.objective)
+            self.network = unet.new(config, side=side, latent_channels=channels, state_width=width)
+        else:
+            self.scheduler = loading.load_scheduler(config.model)
+            self.network = loading.load_unet(config.model)
+            self.parents["model"] = loading.identity(config.model, "unet")
+            self._check_fit()
+        self.objective = schedulers.objective_of(self.scheduler)
+        self.betas = getattr(self.scheduler, "betas", None)
+        self.stream = Stream(len(self.train), config.seed, self._example)
+
+    def _check_fit(self) -> None:
+        known, width = self.network.config, self.empty.shape[-1]
+        for what, wanted, given in (
+            ("latents of {} channels", known["in_channels"], self.shape[0]),
+            ("token states of width {}", known["cross_attention_dim"], width),
+        ):
+            if wanted != given:
+                raise ModelError(
+                    f"The U-Net of {self.config.model} wants {what.format(wanted)}, and {self.config.data} has "
+                    f"{given}; encode with the VAE and CLIP that it was trained with."
+                )
+
+    def _prompt_states(self) -> tuple[Tensor, Tensor]:
+        """Token states of what is drawn at each validation, and of the empty prompt -> (P, L, D), (1, L, D)."""
+        captioned = [index for index, captions in enumerate(self.val.captions) if captions][:SHOWN]
+        states = [self.val.states(index, 0) for index in captioned]
+        if self.config.sample_prompts:
+            text_encoder, tokenizer = loading.load_text_encoder(self.encoded.clip)
+            own = encode_prompts(text_encoder, tokenizer, self.config.sample_prompts)
+            states = [*own[:, : self.val.states(0, None).shape[0]], *states]
+        return torch.stack(states), self.val.states(0, None)[None]
+
+    def _example(self, index: int, rng: np.random.Generator) -> Example:
+        captions = self.train.captions[index]
+        dropped = not captions or rng.random() < self.config.caption_dropout
+        caption = None if dropped else int(rng.integers(len(captions)))
+        mirrored = self.train.views > 1 and rng.random() < 0.5 and (caption is None or may_flip(captions[caption]))
+        return {
+            "moments": self.train.view(index, int(mirrored)),
+            "states": self.train.states(index, caption),
+            "t": np.float32(objectives.draw_t(self.config.levels, rng)),
+            **{name: torch.from_numpy(rng.standard_normal(self.shape, np.float32)) for name in ("noise", "draw")},
+        }
+
+    def _answer(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Squared error of each picture's prediction -> (N,)."""
+        x0 = vaes.to_latents(self.vae_config, vaes.sample(batch["moments"], batch["draw"]))
+        betas = None if self.betas is None else self.betas.to(x0.device)
+        alpha, sigma = objectives.level(self.objective, batch["t"], betas)
+        noised = objectives.add_noise(x0, batch["noise"], alpha, sigma)
+        step = objectives.timestep(self.objective, batch["t"])
+        predicted = network(noised, step, encoder_hidden_states=batch["states"], return_dict=False)[0]
+        wanted = objectives.target(self.objective, x0, batch["noise"], alpha, sigma)
+        return (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of the prediction."""
+        return self._answer(network, batch).mean(), {}
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        """The loss on fixed val pictures, noise and levels, by level; draws pictures."""
+        device = next(self.network.parameters()).device
+        rng = np.random.default_rng(self.config.seed)
+        sums = dict.fromkeys(LEVELS, 0.0)
+        indices = range(min(len(self.val), JUDGED))
+        for start in range(0, len(indices), self.config.batch_size):
+            chosen = indices[start : start + self.config.batch_size]
+            noise, draw = (
+                torch.from_numpy(rng.standard_normal((len(chosen), *self.shape), np.float32)) for _ in range(2)
+            )
+            fixed = {
+                "moments": torch.stack([self.val.view(index, 0) for index in chosen]),
+                "states": torch.stack([self.val.states(i, 0 if self.val.captions[i] else None) for i in chosen]),
+                "noise": noise,
+                "draw": draw,
+            }
+            for t in LEVELS:
+                batch = {name: value.to(device) for name, value in {**fixed, "t": torch.full([len(chosen)], t)}.items()}
+                sums[t] += self._answer(self.network, batch).sum().item()
+        figures = {f"loss_at_{t}": total / len(indices) for t, total in sums.items()}
+        self._draw(samples / "drawn.png", device)
+        return {"loss": sum(figures.values()) / len(figures), **figures}
+
+    def _draw(self, path: Path, device: torch.device) -> None:
+        states = self.prompt_states.to(device)
+        noise = initial_noise(range(len(states)), self.shape).to(device)
+        empty = self.empty.to(device).expand_as(states)
+        latents = denoise(
+            self.network, self.scheduler, noise, states, steps=STEPS, guidance=GUIDANCE, negative_states=empty
+        )
+        vae = loading.load_vae(self.encoded.vae).to(device)  # read for this, and not held while training
+        save_grid(vaes.decode(vae, latents), path, columns=4)
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/unet` and `folder/scheduler`."""
+        self.network.save_pretrained(folder / "unet")
+        self.scheduler.save_pretrained(folder / "scheduler")

@@ -1,0 +1,151 @@
+"""`limner train vae`: the autoencoder that turns pixels into latents and back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from limner.config import TrainVaeConfig
+from limner.data.dataset import read_split, read_training_split, split_identity
+from limner.data.pictures import load_crop, load_pixels, save_grid
+from limner.errors import ConfigError, DataError
+from limner.models import loading
+from limner.models import vae as vaes
+from limner.models.perceptual import PerceptualDistance
+from limner.training.loop import plan_training, run_training
+from limner.training.stream import Example, Stream
+
+MIN_SCALE = 0.5  # smallest share of a picture that a crop takes
+JUDGED, SHOWN = 256, 8  # val pictures for the figures, and for the samples
+MEASURED = 1024  # train pictures from which the latents' mean and deviation are taken
+
+
+def run(config: TrainVaeConfig) -> Path:
+    """Train, or go on where the run stopped. -> the run folder, with the VAE in `model/vae`.
+
+    Raises DataError, ModelError, ConfigError or RunError in one sentence.
+    """
+    return run_training(TrainVae, config)
+
+
+def plan(config: TrainVaeConfig) -> dict[str, Any]:
+    """What `run` would do; a few steps are timed, nothing is written."""
+    return plan_training(TrainVae, config)
+
+
+class Autoencoder(nn.Module):
+    """Pixels there and back in one forward."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (N, 3, H, W), noise (N, C, h, w) -> pixels again (N, 3, H, W), and moments (N, 2C, h, w)."""
+        moments = vaes.encode(self.vae, pixels)
+        return self.vae.decode(vaes.sample(moments, noise), return_dict=False)[0], moments
+
+
+class TrainVae:
+    """The task: L1, L2 and perceptual distance of the reconstruction, and the divergence of the moments."""
+
+    def __init__(self, config: TrainVaeConfig) -> None:
+        """Raises DataError, ModelError or ConfigError."""
+        self.config = config
+        self.train = read_training_split(config.data, captioned=False)
+        self.val = read_split(config.data, "val")[:JUDGED]
+        if not self.val:
+            raise DataError(f"{config.data} has no pictures in its val split; prepare it with --val-share above 0.")
+        self.parents = {"data": split_identity(config.data, "train")}
+        if config.model is None:
+            self.vae = vaes.new(config.channels, config.layers, config.latent_channels)
+        else:
+            self.vae = loading.load_vae(config.model)
+            self.parents["model"] = loading.identity(config.model, "vae")
+        self.factor = vaes.factor(self.vae.config)
+        if config.size % self.factor:
+            raise ConfigError(f"--size {config.size} is not divisible by the VAE's factor {self.factor}.")
+        self.network: nn.Module = Autoencoder(self.vae)
+        self.perceptual = PerceptualDistance() if config.perceptual_weight else None
+        self.stream = Stream(len(self.train), config.seed, self._example)
+
+    def _noise(self, rng: np.random.Generator) -> Tensor:
+        side = self.config.size // self.factor
+        shape = (self.vae.config["latent_channels"], side, side)
+        return torch.from_numpy(rng.standard_normal(shape, np.float32))
+
+    def _example(self, index: int, rng: np.random.Generator) -> Example:
+        pixels = load_crop(self.train[index].path, self.config.size, rng, min_scale=MIN_SCALE, flip=True)
+        return {"pixels": pixels, "noise": self._noise(rng)}
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Kingma and Welling 2013, equation 10, with a likelihood that LPIPS-like features sharpen."""
+        pixels = batch["pixels"]
+        again, moments = network(pixels, batch["noise"])
+        figures = self._distances(again, pixels)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        figures["kl"] = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        total = figures["l1"] + self.config.l2_weight * figures["l2"] + self.config.kl_weight * figures["kl"]
+        if self.perceptual is not None:
+            total = total + self.config.perceptual_weight * figures["perceptual"]
+        return total, figures
+
+    def _distances(self, again: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+        difference = again.float() - pixels
+        figures = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
+        if self.perceptual is not None:
+            figures["perceptual"] = self.perceptual.to(pixels.device)(again, pixels)
+        return figures
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        """L1, PSNR in dB and perceptual distance on val pictures; draws some above their reconstructions."""
+        device = next(self.network.parameters()).device
+        sums: dict[str, float] = {}
+        shown: list[Tensor] = []
+        for start in range(0, len(self.val), self.config.batch_size):
+            records = self.val[start : start + self.config.batch_size]
+            pixels = torch.stack([load_pixels(r.path, self.config.size) for r in records]).to(device)
+            moments = vaes.encode(self.vae, pixels)
+            again = self.vae.decode(moments.chunk(2, dim=1)[0], return_dict=False)[0].clamp(-1, 1)
+            figures = self._distances(again, pixels)
+            squared = (again - pixels).square().mean(dim=(1, 2, 3))  # (N,)
+            figures["psnr"] = (10 * torch.log10(4 / squared)).mean()  # the range of pixels is 2
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(records)
+            if start == 0:
+                shown = [pixels[:SHOWN], again[:SHOWN]]
+        save_grid(torch.cat(shown), samples / "reconstructions.png", columns=len(shown[0]))
+        means = {name: value / len(self.val) for name, value in sums.items()}
+        weight = self.config.perceptual_weight
+        loss = means["l1"] + self.config.l2_weight * means["l2"] + weight * means.get("perceptual", 0.0)
+        return {"loss": loss, **means}
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/vae`; a new one's latents are brought to zero mean and unit deviation.
+
+        One that was given keeps its scale, which U-Nets know it by.
+        """
+        vae = copy.deepcopy(self.vae)
+        if self.config.model is None:
+            vaes.standardise(vae, *self._latent_statistics())
+        vae.save_pretrained(folder / "vae")
+
+    @torch.no_grad()
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of sampled latents over train pictures -> (C,) each."""
+        device = next(self.network.parameters()).device
+        rng = np.random.default_rng(self.config.seed)
+        drawn = []
+        records = self.train[:MEASURED]
+        for start in range(0, len(records), self.config.batch_size):
+            batch = records[start : start + self.config.batch_size]
+            pixels = torch.stack([load_pixels(r.path, self.config.size) for r in batch]).to(device)
+            noise = torch.stack([self._noise(rng) for _ in batch]).to(device)
+            drawn.append(vaes.sample(vaes.encode(self.vae, pixels), noise))
+        latents = torch.cat(drawn)  # (N, C, h, w)
+        return latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))

@@ -1,0 +1,289 @@
+"""Models from a Hugging Face hub: fetched once, drawn from the cache ever after, refused in a sentence.
+
+The hub is a small HTTP server on this machine that speaks as much of the protocol as huggingface_hub needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from limner.generation import provenance
+from tiny import tiny_model
+
+TOKEN = "hf_secretsecretsecretsecret"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LIMNER = [sys.executable, "-c", "from limner.cli import main; main()"]
+
+
+@dataclass
+class Hub:
+    """A hub that serves the folders `root/owner/name`; those in `gated` only to nobody."""
+
+    root: Path
+    gated: set[str] = field(default_factory=set)
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    """Method, path and Authorization of each request."""
+    url: str = ""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer a GET or a HEAD."""
+        self.requests.append((request.command, request.path, request.headers.get("Authorization", "")))
+        path = request.path.split("?")[0]
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            self._describe(request, *match.groups())
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._send_file(request, *match.groups())
+        else:
+            self._refuse(request, 404, "EntryNotFound")
+
+    def _describe(self, request: BaseHTTPRequestHandler, repo: str, revision: str | None) -> None:
+        if self._is_open(request, repo, revision or "main"):
+            folder = self.root / repo
+            names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+            body = json.dumps({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}).encode()
+            self._send(request, body, {"Content-Type": "application/json"})
+
+    def _send_file(self, request: BaseHTTPRequestHandler, repo: str, revision: str, name: str) -> None:
+        if self._is_open(request, repo, revision):
+            file = self.root / repo / name
+            if file.is_file():
+                content = file.read_bytes()
+                digest = hashlib.sha256(content).hexdigest()
+                self._send(request, content, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
+            else:
+                self._refuse(request, 404, "EntryNotFound")
+
+    def _is_open(self, request: BaseHTTPRequestHandler, repo: str, revision: str) -> bool:
+        if not (self.root / repo).is_dir():
+            self._refuse(request, 401, "RepoNotFound")  # the real hub does not tell whether there is a secret one
+        elif repo in self.gated:
+            self._refuse(request, 403, "GatedRepo")
+        elif revision not in ("main", COMMIT):
+            self._refuse(request, 404, "RevisionNotFound")
+        else:
+            return True
+        return False
+
+    def _refuse(self, request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+        request.send_response(status)
+        request.send_header("X-Error-Code", code)
+        # What a careless proxy might do: repeat the request, token and all.
+        request.send_header("X-Error-Message", f"refused {request.headers.get('Authorization', '')}")
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    def _send(self, request: BaseHTTPRequestHandler, body: bytes, headers: dict[str, str]) -> None:
+        request.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)
+
+
+def serve(hub: Hub) -> tuple[ThreadingHTTPServer, Thread]:
+    """Start the server on a free port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            hub.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    return server, thread
+
+
+def pickled(model: Path) -> None:
+    """Take away the U-Net's safetensors and put a pickle there."""
+    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(model / "unet" / "diffusion_pytorch_model.bin")
+
+
+def with_code(model: Path) -> None:
+    """Let the model's index name a pipeline of its own."""
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline", "Pipeline"]}))
+    (model / "pipeline.py").write_text("raise SystemExit('code was run')")
+
+
+def with_more_than_is_needed(model: Path) -> None:
+    """Add what hubs hold beside the parts."""
+    shutil.copy(model / "unet" / "diffusion_pytorch_model.safetensors", model / "whole-model.safetensors")
+    shutil.copy(
+        model / "unet" / "diffusion_pytorch_model.safetensors",
+        model / "unet" / "diffusion_pytorch_model.fp16.safetensors",
+    )
+    (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker" / "model.safetensors").write_bytes(b"large")
+    (model / "README.md").write_text("# Tiny")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with one good model and several that are refused."""
+    root = tmp_path_factory.mktemp("hub")
+    made: dict[str, Callable[[Path], None]] = {
+        "owner/tiny": with_more_than_is_needed,
+        "owner/gated": lambda _: None,
+        "owner/pickled": pickled,
+        "owner/code": with_code,
+    }
+    tiny_model(root / "owner" / "original", "dpm-flow")
+    for name, change in made.items():
+        shutil.copytree(root / "owner" / "original", root / name)
+        change(root / name)
+    hub = Hub(root, gated={"owner/gated"})
+    server, thread = serve(hub)
+    yield hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@dataclass(frozen=True)
+class User:
+    """Somebody with a home and a hub."""
+
+    home: Path
+    hub: str
+
+    def generate(self, model: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run `limner generate` for a model."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        settings = {"HF_ENDPOINT": self.hub, "HF_HOME": str(self.home / "hf"), "OMP_NUM_THREADS": "1", **environment}
+        done = subprocess.run(
+            [*LIMNER, "generate", "A dog.", "--steps", "2", "--model", model, "--out", str(self.home / "pictures")],
+            env={**inherited, **settings},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert TOKEN not in done.stdout + done.stderr
+        return done
+
+    def draws(self, model: str, **environment: str) -> dict[str, object]:
+        """The record of the picture that the model draws."""
+        done = self.generate(model, **environment)
+        assert done.returncode == 0, done.stderr
+        assert [line.split()[0] for line in done.stderr.splitlines()] == ["Drawing"]
+        return provenance.read(Path(done.stdout.strip()))
+
+    def is_refused(self, model: str, **environment: str) -> str:
+        """The sentence that a model is refused with."""
+        done = self.generate(model, **environment)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1
+        assert not (self.home / "pictures").exists()
+        return done.stderr.strip().removeprefix("limner: ")
+
+
+def cached_files(user: User) -> set[str]:
+    """The files of `owner/tiny` in the user's cache."""
+    snapshot = user.home / "hf" / "hub" / "models--owner--tiny" / "snapshots" / COMMIT
+    return {p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def before(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[User, dict[str, object]]:
+    """Somebody who drew with `owner/tiny` once, and the record of that picture."""
+    user = User(tmp_path_factory.mktemp("user"), hub.url)
+    return user, user.draws("owner/tiny", HF_TOKEN=TOKEN)
+
+
+@pytest.fixture
+def user(before: tuple[User, dict[str, object]], tmp_path: Path) -> User:
+    """The same user, in an empty folder, with a copy of that cache."""
+    shutil.copytree(before[0].home / "hf", tmp_path / "hf", symlinks=True)
+    return User(tmp_path, before[0].hub)
+
+
+def test_what_is_needed_is_fetched_and_no_more(before: tuple[User, dict[str, object]], hub: Hub) -> None:
+    weights = "diffusion_pytorch_model.safetensors"
+    assert cached_files(before[0]) == {
+        "model_index.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "unet/config.json",
+        f"unet/{weights}",
+        "vae/config.json",
+        f"vae/{weights}",
+        "scheduler/scheduler_config.json",
+    }
+    assert before[1]["model"]["ref"] == "owner/tiny"  # type: ignore[index]
+
+
+def test_the_token_goes_to_the_hub(before: tuple[User, dict[str, object]], hub: Hub) -> None:
+    assert any(path.startswith("/owner/tiny/resolve") for _, path, _ in hub.requests)
+    asked = [authorization for _, path, authorization in hub.requests if "owner/tiny" in path]
+    assert f"Bearer {TOKEN}" in asked
+
+
+def test_offline_the_cache_draws_the_same(before: tuple[User, dict[str, object]], user: User, hub: Hub) -> None:
+    asked = len(hub.requests)
+    assert user.draws("owner/tiny", HF_HUB_OFFLINE="1") == before[1]
+    assert len(hub.requests) == asked
+
+
+def test_without_the_hub_the_cache_draws_the_same(before: tuple[User, dict[str, object]], user: User) -> None:
+    gone = User(user.home, "http://127.0.0.1:9")  # nobody listens there
+    assert gone.draws("owner/tiny") == before[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [
+        ("owner/unknown", "has none of that name"),
+        ("owner/gated", "only to those allowed; accept its terms there and set HF_TOKEN"),
+        ("owner/pickled", "only as a pickle"),
+        ("owner/code", "Python code of its own"),
+        ("owner/tiny@v9", "has no revision v9"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_and_the_cache_named(user: User, model: str, complaint: str) -> None:
+    sentence = user.is_refused(model, HF_TOKEN=TOKEN)
+    assert complaint in sentence
+    assert "the local cache holds owner/tiny" in sentence
+    weights = (user.home / "hf" / "hub").glob(f"models--{model.replace('/', '--')}/snapshots/*/*/*.safetensors")
+    assert not list(weights), "nothing large is fetched of a model that is refused"
+
+
+def test_offline_what_is_not_cached_is_refused(user: User) -> None:
+    sentence = user.is_refused("owner/unknown", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set and it is not in the local cache (the local cache holds owner/tiny)" in sentence
+
+
+def test_an_empty_cache_is_said(hub: Hub, tmp_path: Path) -> None:
+    assert "the local cache holds no model" in User(tmp_path, hub.url).is_refused("owner/unknown")
+
+
+def test_without_the_hub_what_is_not_cached_is_refused(user: User) -> None:
+    sentence = User(user.home, "http://127.0.0.1:9").is_refused("owner/unknown")
+    assert "can't be reached" in sentence
+    assert "the local cache holds owner/tiny" in sentence

@@ -1,0 +1,106 @@
+"""The verbs of drawing, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from limner.errors import ConfigError
+from limner.generation.engine import denoise, encode_prompts, generators, guidance_embedding, initial_noise, to_images
+from limner.generation.model import Model
+from tiny import WIDTH, tiny_scheduler, tiny_unet
+
+
+def states(count: int = 1) -> torch.Tensor:
+    """Random token states (N, 77, D)."""
+    return torch.randn(count, 77, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def test_noise_depends_on_its_own_seed_only() -> None:
+    shape = (4, 8, 8)
+    together = initial_noise([5, 6, 7], shape)  # (3, 4, 8, 8)
+    assert torch.equal(together[1], initial_noise([6], shape)[0])
+    assert not torch.equal(together[0], together[1])
+    assert torch.equal(together[2], torch.randn(shape, generator=torch.Generator().manual_seed(7)))
+
+
+def test_a_generator_moves_on_and_a_seed_does_not() -> None:
+    source = generators([5])[0]
+    first, second = initial_noise([source], (4,)), initial_noise([source], (4,))
+    assert torch.equal(first, initial_noise([5], (4,)))
+    assert not torch.equal(first, second)
+
+
+def test_the_states_of_a_long_prompt_are_those_of_its_pieces(model: Model) -> None:
+    encoder, tokenizer = model.painter.text_encoder, model.painter.tokenizer
+    long = encode_prompts(encoder, tokenizer, ["a " * 75 + "dog"])  # (1, 154, D)
+    assert long.shape == (1, 154, WIDTH)
+    assert torch.allclose(long[:, :77], encode_prompts(encoder, tokenizer, ["a " * 75]), atol=1e-5)
+    assert torch.allclose(long[:, 77:], encode_prompts(encoder, tokenizer, ["dog"]), atol=1e-5)
+
+
+def test_a_short_prompt_beside_a_long_one_is_filled_up_with_empty_pieces(model: Model) -> None:
+    encoder, tokenizer = model.painter.text_encoder, model.painter.tokenizer
+    both = encode_prompts(encoder, tokenizer, ["dog", "a " * 80])  # (2, 154, D)
+    alone = torch.cat([encode_prompts(encoder, tokenizer, [text]) for text in ("dog", "")], dim=1)  # (1, 154, D)
+    assert torch.allclose(both[:1], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5, 8.0])
+@pytest.mark.parametrize("width", [16, 17, 256])
+def test_the_guidance_embedding_is_that_of_diffusers(guidance: float, width: int) -> None:
+    theirs = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([guidance - 1]), width)
+    assert torch.allclose(guidance_embedding(guidance, width), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pndm", "ddim", "dpm-flow"])  # pndm takes a timestep more than steps
+def test_the_steps_that_are_told_add_up(name: str) -> None:
+    told: list[int] = []
+    scheduler = tiny_scheduler(name)
+    before = scheduler.to_json_string(), scheduler.num_inference_steps
+    denoise(tiny_unet(), scheduler, torch.zeros(1, 4, 8, 8), states(), steps=7, guidance=1, on_step=told.append)
+    assert sum(told) == 7
+    assert before == (scheduler.to_json_string(), scheduler.num_inference_steps), "the scheduler was changed"
+
+
+def test_an_exception_of_the_listener_ends_the_work() -> None:
+    def stop(done: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        denoise(tiny_unet(), tiny_scheduler(), torch.zeros(1, 4, 8, 8), states(), steps=7, guidance=1, on_step=stop)
+
+
+def test_at_guidance_one_the_prompt_alone_counts_and_the_networks_run_once() -> None:
+    passes: list[int] = []
+    unet = tiny_unet()
+    unet.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    settings: dict[str, Any] = {"steps": 2, "negative_states": states()}
+    denoise(unet, tiny_scheduler(), torch.zeros(1, 4, 8, 8), states(), guidance=1, **settings)
+    denoise(unet, tiny_scheduler(), torch.zeros(1, 4, 8, 8), states(), guidance=2, **settings)
+    assert passes == [1, 1, 2, 2]
+
+
+def test_guidance_towards_where_the_negative_states_are_is_no_guidance() -> None:
+    """Equation 6 with both conditions equal is the plain prediction, whatever the scale."""
+    unet, noise = tiny_unet(), initial_noise([0], (4, 8, 8))
+    plain = denoise(unet, tiny_scheduler(), noise, states(), steps=4, guidance=1)
+    guided = denoise(unet, tiny_scheduler(), noise, states(), steps=4, guidance=9, negative_states=states())
+    assert torch.allclose(plain, guided, atol=1e-3)
+
+
+def test_more_steps_than_the_scheduler_has_are_refused() -> None:
+    for steps in (999, 60):
+        with pytest.raises(ConfigError, match=f"LCMScheduler can't take {steps} steps"):
+            denoise(tiny_unet(), tiny_scheduler("lcm"), torch.zeros(1, 4, 8, 8), states(), steps=steps, guidance=1)
+
+
+def test_pixels_become_bytes() -> None:
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).expand(1, 3, 1, 5)
+    image = to_images(pixels)[0]
+    assert image.size == (5, 1)
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 128, 255, 255]

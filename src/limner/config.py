@@ -89,7 +89,8 @@ class TrainConfig(StageConfig):
     """What every training shares; lengths are counted in images seen, so that the batch size does not change them."""
 
     changeable: ClassVar[frozenset[str]] = frozenset(
-        {"workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "images"}
+        # Where data and model lie is no part of the result; their sha256 are compared instead
+        {"workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "images", "data", "model"}
     )
 
     data: Annotated[Path, FLAG]
@@ -191,7 +192,7 @@ class TrainClipConfig(TrainConfig):
 class EncodeConfig(StageConfig):
     """Store what the U-Net trains on: VAE moments of every picture, token states of every caption."""
 
-    changeable: ClassVar[frozenset[str]] = frozenset({"batch_size", "threads"})
+    changeable: ClassVar[frozenset[str]] = frozenset({"batch_size", "threads", "data", "vae", "clip"})
 
     data: Annotated[Path, FLAG]
     """The dataset folder."""
@@ -294,7 +295,42 @@ class GenerateConfig(StageConfig):
     """Pictures drawn at once; changes speed and memory, not the pictures."""
 
 
-PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {}
+MISSION = ("A golden retriever playing in a field.", "A toddler playing in a sandbox.")
+
+PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
+    # What recipes/builtin uses, cut for two CPU cores in about two hours; docs/experiments.md has what it reached.
+    TrainClipConfig: {
+        "builtin": {
+            "images": 48_000,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "warmup": 6_000,
+            "ema_halflife": 4_000,
+            "validate_every": 12_000,
+            "checkpoint_every": 12_000,
+        },
+    },
+    TrainVaeConfig: {
+        "builtin": {
+            "images": 16_000,
+            "batch_size": 16,
+            "validate_every": 4_000,
+            "checkpoint_every": 4_000,
+        },
+    },
+    TrainUnetConfig: {
+        "builtin": {
+            "images": 100_000,
+            "batch_size": 32,
+            "validate_every": 20_000,
+            "checkpoint_every": 5_000,
+            "sample_prompts": MISSION,
+        },
+    },
+    AssembleConfig: {
+        "builtin": {"precision": "bf16", "steps": 20, "guidance": 4.0},
+    },
+}
 """Named settings of a stage; the comment beside one says what it reached."""
 
 C = TypeVar("C", bound=StageConfig)

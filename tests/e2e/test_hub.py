@@ -44,6 +44,8 @@ class Hub:
         path = request.path.split("?")[0]
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._describe(request, *match.groups())
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._list(request, *match.groups())
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._send_file(request, *match.groups())
         else:
@@ -51,10 +53,21 @@ class Hub:
 
     def _describe(self, request: BaseHTTPRequestHandler, repo: str, revision: str | None) -> None:
         if self._is_open(request, repo, revision or "main"):
-            folder = self.root / repo
-            names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-            body = json.dumps({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}).encode()
+            files = [{"rfilename": name} for name in self._files(repo)]
+            body = json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode()
             self._send(request, body, {"Content-Type": "application/json"})
+
+    def _list(self, request: BaseHTTPRequestHandler, repo: str, revision: str) -> None:
+        if self._is_open(request, repo, revision):
+            files = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in self._files(repo).items()
+            ]
+            self._send(request, json.dumps(files).encode(), {"Content-Type": "application/json"})
+
+    def _files(self, repo: str) -> dict[str, bytes]:
+        files = sorted(p for p in (self.root / repo).rglob("*") if p.is_file())
+        return {p.relative_to(self.root / repo).as_posix(): p.read_bytes() for p in files}
 
     def _send_file(self, request: BaseHTTPRequestHandler, repo: str, revision: str, name: str) -> None:
         if self._is_open(request, repo, revision):
@@ -130,11 +143,9 @@ def with_code(model: Path) -> None:
 
 def with_more_than_is_needed(model: Path) -> None:
     """Add what hubs hold beside the parts."""
-    shutil.copy(model / "unet" / "diffusion_pytorch_model.safetensors", model / "whole-model.safetensors")
-    shutil.copy(
-        model / "unet" / "diffusion_pytorch_model.safetensors",
-        model / "unet" / "diffusion_pytorch_model.fp16.safetensors",
-    )
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, model / "whole-model.safetensors")
+    shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
     (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     (model / "safety_checker").mkdir()
     (model / "safety_checker" / "model.safetensors").write_bytes(b"large")
@@ -276,7 +287,7 @@ def test_what_cannot_be_had_is_refused_and_the_cache_named(user: User, model: st
 
 def test_offline_what_is_not_cached_is_refused(user: User) -> None:
     sentence = user.is_refused("owner/unknown", HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set and it is not in the local cache (the local cache holds owner/tiny)" in sentence
+    assert "HF_HUB_OFFLINE is set and it is not whole in the local cache (the local cache holds owner/tiny)" in sentence
 
 
 def test_an_empty_cache_is_said(hub: Hub, tmp_path: Path) -> None:

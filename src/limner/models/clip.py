@@ -70,9 +70,6 @@ def new(config: TrainClipConfig, tokenizer: Any) -> Any:
 
 def save(clip: Any, tokenizer: Any, normalisation: dict[str, list[float]], folder: Path) -> None:
     """Write a CLIP as Transformers reads it: both towers, the tokenizer and the preprocessor."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     side = clip.config.vision_config.image_size

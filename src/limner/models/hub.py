@@ -51,14 +51,17 @@ def fetch(ref: str) -> Path:
                 refuse_code(index, ref)
             wanted = choose(names, index)
             refuse_pickles(names, wanted, index, ref)
-            return Path(snapshot_download(repo, revision=at, allow_patterns=[_escape(name) for name in wanted]))
+            folder = Path(snapshot_download(repo, revision=at, allow_patterns=[_escape(name) for name in wanted]))
+            if not _is_whole(folder, index):
+                raise ConnectionError  # the client gives what it has when the hub falls silent
+            return folder
     except ModelError as error:
         raise ModelError(f"{str(error).removesuffix('.')} ({_held()}).") from None
     except Exception as error:  # whatever the HTTP client and the hub's client raise; nothing of ours runs in here
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the disk, not the hub
-        if _status(error) not in (401, 403, 404) and (folder := cached(ref)):
-            return folder
+        if _status(error) not in (401, 403, 404) and (found := cached(ref)):
+            return found
         _fail(ref, error)
 
 
@@ -154,7 +157,7 @@ def _status(error: Exception) -> int | None:
 
 
 def cached(ref: str) -> Path | None:
-    """The cached snapshot of a hub model, complete or not: what it lacks is named when it is loaded."""
+    """The cached snapshot of a hub model; None where there is none or a fetch broke off between its parts."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -165,8 +168,13 @@ def cached(ref: str) -> Path | None:
         except HFValidationError:
             return None
         if isinstance(found, str):
-            return Path(found).parent
+            index = json.loads(Path(found).read_text(encoding="utf-8")) if name == "model_index.json" else {}
+            return Path(found).parent if _is_whole(Path(found).parent, index) else None
     return None
+
+
+def _is_whole(folder: Path, index: dict[str, Any]) -> bool:
+    return all((folder / part).is_dir() for part in pipeline_parts(index))
 
 
 def cached_models() -> list[str]:
@@ -207,5 +215,5 @@ def _fail(ref: str, error: Exception) -> NoReturn:
     else:
         offline = isinstance(error, OfflineModeIsEnabled)
         why = "HF_HUB_OFFLINE is set" if offline else f"{hub} can't be reached ({type(error).__name__})"
-        reason = f"{why} and it is not in the local cache"
+        reason = f"{why} and it is not whole in the local cache"
     raise ModelError(f"There is no model folder {ref}, and {reason} ({_held()}).") from None

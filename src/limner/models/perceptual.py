@@ -35,8 +35,7 @@ class PerceptualDistance(nn.Module):
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = nn.ModuleList(network._blocks[: BLOCKS[-1] + 1])
-        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
-        self.register_buffer("std", torch.tensor(STD)[:, None, None])
+        self.mean, self.std = (nn.Buffer(torch.tensor(values)[:, None, None]) for values in (MEAN, STD))
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> PerceptualDistance:

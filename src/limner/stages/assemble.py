@@ -53,7 +53,7 @@ def run(config: AssembleConfig) -> Path:
         "precision": config.precision,
         "trainings": _trainings(config),
     }
-    with atomic_folder(config.out) as folder:
+    with loading.quiet(), atomic_folder(config.out) as folder:
         _save(parts, DTYPES[config.precision], folder)
         write_json(folder / "manifest.json", facts)
         write_text(folder / "MODEL_CARD.md", model_card(folder, facts, text))

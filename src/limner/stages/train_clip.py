@@ -101,4 +101,5 @@ class TrainClip:
 
     def save(self, folder: Path) -> None:
         """Write `folder/clip`."""
-        clips.save(self.network, self.tokenizer, self.normalisation, folder / "clip")
+        with loading.quiet():
+            clips.save(self.network, self.tokenizer, self.normalisation, folder / "clip")

@@ -280,7 +280,7 @@ def test_without_the_hub_the_cache_draws_the_same(before: tuple[User, dict[str, 
 def test_what_cannot_be_had_is_refused_and_the_cache_named(user: User, model: str, complaint: str) -> None:
     sentence = user.is_refused(model, HF_TOKEN=TOKEN)
     assert complaint in sentence
-    assert "the local cache holds owner/tiny" in sentence
+    assert "the local cache holds owner/tiny)" in sentence
     weights = (user.home / "hf" / "hub").glob(f"models--{model.replace('/', '--')}/snapshots/*/*/*.safetensors")
     assert not list(weights), "nothing large is fetched of a model that is refused"
 

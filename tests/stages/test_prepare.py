@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from datasets import load_dataset
 
-from commands import limner
+from commands import limner, no_special_rights
 from limner.artifacts import sha256_folder
 from limner.config import PrepareConfig, resolve
 from limner.data.archives import digests
@@ -405,6 +406,32 @@ def test_an_out_below_a_file_is_refused(source: Path, tmp_path: Path, capsys: py
     assert "A file stands where a folder is needed" in refused(
         capsys, "imagefolder", source, tmp_path / "file" / "data"
     )
+
+
+@pytest.mark.parametrize("what", ["folder", "zip"])
+def test_a_source_that_must_not_be_read_is_refused(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    with no_special_rights() as folder:
+        source = photographs(folder / "source", 1)
+        if what == "zip":
+            source = Path(shutil.make_archive(str(folder / "photographs"), "zip", source))
+        source.chmod(0)
+        assert f"no right to read {source}" in refused(capsys, "imagefolder", source, folder / "data")
+
+
+def test_a_file_that_must_not_be_read_is_named_and_the_rest_prepared() -> None:
+    with no_special_rights() as folder:
+        source = photographs(folder / "source", 3)
+        (source / "1.jpg").chmod(0)
+        out = prepare.run(config(source, folder / "data", val_share=0, test_share=0))
+        assert {record.path.name for record in read_split(out, "train")} == {"0.jpg", "2.jpg"}
+        assert facts_of(out)["quarantined"] == {"can't be read": 1, "not a picture": 1}
+
+
+def test_an_out_that_must_not_be_written_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with no_special_rights() as folder:
+        source = photographs(folder / "source", 3)
+        (folder / "locked").mkdir(mode=0o500)
+        assert "There is no right to write" in refused(capsys, "imagefolder", source, folder / "locked" / "data")
 
 
 def test_shares_that_leave_nothing_to_train_on_are_refused(source: Path, tmp_path: Path) -> None:

@@ -178,14 +178,15 @@ def _is_whole(folder: Path, index: dict[str, Any]) -> bool:
 
 
 def cached_models() -> list[str]:
-    """The ids of the models in the local cache."""
+    """The ids of the models that are whole in the local cache."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+        ids = [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model"]
     except CacheNotFound:
         return []
+    return sorted(name for name in ids if cached(name))
 
 
 def _held() -> str:

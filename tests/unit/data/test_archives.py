@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-import tempfile
 import unicodedata
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commands import no_special_rights
 from limner.data.archives import Entry, base, digests, escapes, list_folder, list_source, list_tar, list_zip, read
 from limner.data.findings import Finding, Rejected
 from limner.errors import DataError
@@ -229,24 +228,9 @@ def test_a_file_that_shrank_or_went_since_it_was_listed_is_rejected(tmp_path: Pa
         read(entry)
 
 
-@pytest.fixture
-def _not_root() -> Iterator[None]:
-    """Without root's right to read everything."""
-    if os.name != "posix":
-        pytest.skip("needs POSIX rights")
-    before = os.geteuid()
-    if before:
-        yield
-        return
-    os.seteuid(65534)  # nobody
-    yield
-    os.seteuid(before)
-
-
-@pytest.mark.usefixtures("_not_root")
 def test_what_there_is_no_right_to_read_is_named() -> None:
-    with tempfile.TemporaryDirectory(dir=tempfile.gettempdir()) as folder:  # pytest's own is closed to nobody
-        source = put(Path(folder), {"a": b"x", "b": b"x", "locked/c": b"x"})
+    with no_special_rights() as folder:
+        source = put(folder / "source", {"a": b"x", "b": b"x", "locked/c": b"x"})
         (source / "b").chmod(0)
         (source / "locked").chmod(0)
         entries, findings = list_folder(source)
@@ -255,11 +239,10 @@ def test_what_there_is_no_right_to_read_is_named() -> None:
         with pytest.raises(Rejected, match="Permission denied"):
             read(entries[1])
         assert digests(source)[1]["b"] == "unreadable"
+        (source / "locked").chmod(0o700)
         source.chmod(0)
         with pytest.raises(PermissionError):
             list_source(source)
-        source.chmod(0o700)
-        (source / "locked").chmod(0o700)
 
 
 # ---- digests

@@ -71,8 +71,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         "train/b.jpg": ("dog " * 40,),
         "val/c.jpg": (),
     }
-    small = [Finding(f"{n}.png", "too small", "1x1") for n in range(70)]
-    return report(tmp_path_factory.mktemp("report"), captions, *small, Finding("<i>.jpg", "remarkable", kept=True))
+    findings = [Finding("d.png", "empty file"), *(Finding(f"{n}.png", "too small", "1x1") for n in range(70))]
+    return report(tmp_path_factory.mktemp("report"), captions, *findings, Finding("<i>.jpg", "remarkable", kept=True))
 
 
 def test_counts_are_stated(page: tuple[str, str]) -> None:
@@ -97,7 +97,7 @@ def test_the_closest_pairs_and_the_first_findings_are_shown(page: tuple[str, str
     _, text = page
     assert "perceptual hash: 1,234. They stay; judge whether they flatter a measurement. The closest 1:" in text
     assert "train/a.jpg val/c.jpg 3 bits apart" in text
-    assert "too small: 70" in text
+    assert text.index("too small: 70") < text.index("empty file: 1"), "the most frequent first"
     assert "59.png (1x1)" in text
     assert "60.png" not in text
     assert "The first 60; all are in quarantine.jsonl." in text

@@ -1,0 +1,162 @@
+"""Tiny trainings for tests: the smallest settings of each stage, a task of a few weights, and a process to kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from limner.artifacts import sha256_folder
+from limner.config import EncodeConfig, StageConfig, TrainClipConfig, TrainConfig, TrainUnetConfig, TrainVaeConfig, resolve
+from limner.training.loop import run_training
+from limner.training.stream import Example, Stream
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SIDE = 16
+
+C = TypeVar("C", bound=StageConfig)
+
+TRAINING: dict[str, Any] = {
+    "images": 32,
+    "batch_size": 8,
+    "lr": 1e-3,
+    "warmup": 8,
+    "threads": 1,
+    "log_every": 8,
+    "validate_every": 16,
+    "checkpoint_every": 16,
+}
+CLIP = {"vocabulary": 600, "size": SIDE, "patch": 8, "width": 16, "layers": 1, "heads": 2, "features": 8}
+VAE = {"size": SIDE, "channels": (8, 16), "perceptual_weight": 0}
+UNET = {"channels": (8, 16), "attention": (False, True), "head_width": 8}
+SMALLEST: dict[type[StageConfig], dict[str, Any]] = {
+    TrainConfig: TRAINING,
+    TrainClipConfig: TRAINING | CLIP,
+    TrainVaeConfig: TRAINING | VAE,
+    TrainUnetConfig: TRAINING | UNET,
+    EncodeConfig: {"size": SIDE, "threads": 1},
+}
+
+
+def config(cls: type[C], data: Path, out: Path, **settings: Any) -> C:
+    """The smallest configuration of a stage that reads `data` and writes `out`."""
+    return resolve(cls, {"data": data, "out": out, **SMALLEST[cls], **settings})
+
+
+def shapes(folder: Path, count: int) -> Path:
+    """A source of that many pictures of coloured shapes, as recipes/smoke draws them. -> `folder`."""
+    runpy.run_path(str(RECIPES / "shapes.py"))["main"](folder, count)
+    return folder
+
+
+def weights(run: Path) -> dict[str, str]:
+    """The sha256 of every weight file of a run's result."""
+    hashes = sha256_folder(run / "model", "*.safetensors")
+    assert hashes
+    return hashes
+
+
+class Summing:
+    """A task of 57 weights: the sum of a picture's pixels. Some of its neurons are dropped at random."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(4, 1, 1), nn.Flatten(), nn.Linear(4, 1)
+        )
+        self.stream = Stream(20, config.seed, self._example)
+        self.parents = {"data": "0" * 64}
+
+    def _example(self, index: int, rng: np.random.Generator) -> Example:
+        x = torch.from_numpy(rng.standard_normal((1, 4, 4), np.float32)) + index / 20
+        return {"x": x, "y": x.sum()[None]}
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error."""
+        error = network(batch["x"]) - batch["y"]
+        return error.square().mean(), {"error": error.abs().max()}
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        """Squared error on the first examples."""
+        (samples / "sample.txt").write_text("a sample")
+        batch = {name: torch.stack([self.stream[k][name] for k in range(20)]) for name in ("x", "y")}
+        return {"loss": self.loss(self.network, batch)[0].item()}
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/net`."""
+        (folder / "net").mkdir()
+        tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        save_file(tensors, folder / "net" / "net.safetensors")
+
+
+def run_summing(config: TrainConfig) -> Path:
+    """Train `Summing`, as a stage's `run` does."""
+    return run_training(Summing, config)
+
+
+# ---- a process that is killed
+
+WRITES = {"os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
+_PRELOADED = [
+    "torch.utils.tensorboard",
+    "limner.stages.train_clip",
+    "limner.stages.train_vae",
+    "limner.stages.train_unet",
+    "limner.stages.encode",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+]
+
+
+def writes_of(run: Callable[[C], Path], config: C) -> int:
+    """How often a run opens, makes, renames or removes something in its folder, when nobody kills it."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    code, count = _in_a_process(run, config, send, 0), receive.recv()
+    assert code == 0
+    return int(count)
+
+
+def kill(run: Callable[[C], Path], config: C, *, at_write: int) -> None:
+    """Run a stage in a process of its own, which SIGKILL ends just before its n-th write in the stage's folder."""
+    code = _in_a_process(run, config, None, at_write)
+    assert code == -signal.SIGKILL, f"the run ended with {code} before its write {at_write}"
+
+
+def _in_a_process(run: Callable[[C], Path], config: C, send: Any, at_write: int) -> int | None:
+    context = multiprocessing.get_context("forkserver")  # which loads the libraries once
+    context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=_counted, args=(run, config, send, at_write))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _counted(run: Callable[[C], Path], config: C, send: Any, at_write: int) -> None:
+    torch.set_num_threads(1)
+    count = 0
+    folder = str(config.out)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        writes = event in WRITES or (event == "open" and any(letter in str(arguments[1]) for letter in "wax"))
+        if writes and str(arguments[0]).startswith(folder):
+            count += 1
+            if count == at_write:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run(config)
+    if send is not None:
+        send.send(count)

@@ -17,7 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from limner.artifacts import sha256_folder
-from limner.config import EncodeConfig, StageConfig, TrainClipConfig, TrainConfig, TrainUnetConfig, TrainVaeConfig, resolve
+from limner.config import (
+    EncodeConfig,
+    StageConfig,
+    TrainClipConfig,
+    TrainConfig,
+    TrainUnetConfig,
+    TrainVaeConfig,
+    resolve,
+)
 from limner.training.loop import run_training
 from limner.training.stream import Example, Stream
 

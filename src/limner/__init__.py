@@ -16,7 +16,7 @@ __all__ = ["LimnerError", "UserError", "__version__", "load"]
 def load(model: str = "builtin", *, device: str | None = None) -> Model:
     """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id.
 
-    >>> limner.load("builtin")("A dog on a beach.", seed=7).images[0].save("dog.png")
+    >>> limner.load("builtin")("A dog on a beach.", seed=7).save("pictures")
 
     Raises ModelError when it can't be found, fetched or read.
     """

@@ -44,6 +44,8 @@ OURS: dict[str, tuple[Any, Any, str]] = {
 }
 """Options that every command has beside its own: type, default, help."""
 
+INTERRUPTED = 130
+
 EXPECTED_OS_ERRORS = {
     errno.ENOSPC: "The disk is full",
     errno.EDQUOT: "The disk quota is used up",
@@ -155,12 +157,12 @@ def main() -> None:
         if not error.format_message():  # a command without arguments: its help was printed
             raise SystemExit(2) from None
         _fail(f"{error.format_message().rstrip('.')}; see --help.", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("Interrupted; run the same command again to go on.", 130)
     except OSError as error:
         if error.errno not in EXPECTED_OS_ERRORS:
             raise
         where = f" at {error.filename}" if error.filename else ""
         _fail(f"{EXPECTED_OS_ERRORS[error.errno]}{where}; mend that and run the command again.", 2)
     else:
+        if code == INTERRUPTED:  # which is how typer hands a KeyboardInterrupt on
+            _fail("Interrupted; run the same command again to go on.", INTERRUPTED)
         raise SystemExit(code or 0)

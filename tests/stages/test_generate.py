@@ -334,3 +334,8 @@ def test_a_full_disk_is_said_and_leaves_no_file(
     assert out == ""
     assert err.splitlines()[-1].startswith("limner: The disk is full")
     assert pictures() == []
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-that-name/model", "a/b/c/d", "", "x" * 300, "/"])
+def test_a_model_that_is_nowhere_is_refused(capfd: pytest.CaptureFixture[str], model: str) -> None:
+    assert refusal(capfd, "A dog.", "--model", model)

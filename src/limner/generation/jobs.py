@@ -59,9 +59,12 @@ class Job:
     height: int | None
 
 
-def read_spec(ref: str) -> Spec:
-    """What the model says about itself, fetched first where `ref` is a hub id. Raises ModelError."""
-    folder = loading.resolve(ref)
+def read_spec(ref: str, folder: Path | None = None) -> Spec:
+    """What the model says about itself; without the `folder` that it lies in, `ref` is resolved, a hub id fetched.
+
+    Raises ModelError.
+    """
+    folder = folder or loading.resolve(ref)
     index = loading.pipeline_index(folder)
     listed = hub.pipeline_parts(index)
     own_loop = index["_class_name"] == "StableDiffusionPipeline" and all(

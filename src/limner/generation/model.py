@@ -81,8 +81,9 @@ class Model:
         """Draw `n` pictures a prompt, with the seeds `seed`, `seed + 1`, ...
 
         steps, guidance and size (SIDE or "WIDTHxHEIGHT", in pixels) are the model's own when left out; guidance 1 is
-        off. A prompt and a seed make one picture: bit for bit on a CPU whatever else is drawn with it, and on a GPU
-        but for the last bits of its arithmetic. Raises ConfigError for a setting that doesn't fit.
+        off. A prompt and a seed make one picture, whatever is drawn beside it: bit for bit on a CPU; but for rounding on a
+        GPU, whose sums depend on the batch in their last bits. Raises ConfigError for a setting
+        that doesn't fit.
         """
         jobs = make_jobs(
             self.spec,
@@ -94,14 +95,15 @@ class Model:
             negative=negative,
             size=size,
         )
-        return Pictures(tuple(self.draw(self.settle(jobs), batch_size=batch_size, on_step=on_step)))
+        return Pictures(tuple(self.draw(jobs, batch_size=batch_size, on_step=on_step)))
 
     def settle(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs with the settings that were left to the model. Raises ConfigError where one can't be drawn."""
         return [self.painter.settle(job) for job in jobs]
 
     def draw(self, jobs: Sequence[Job], *, batch_size: int = 8, on_step: OnStep | None = None) -> Iterator[Picture]:
-        """Draw settled jobs, in their order, each as soon as its batch is done. Raises ConfigError, ModelError."""
+        """Draw the jobs, in their order, each as soon as its batch is done. Raises ConfigError, ModelError."""
+        jobs = self.settle(jobs)
         for job, image in zip(jobs, self.painter.paint(jobs, batch_size, on_step)):
             drawn = replace(job, width=image.width, height=image.height)
             yield Picture(image, provenance.make_record(drawn, self.facts, self.device_facts))

@@ -70,8 +70,8 @@ class LatentDiffusion:
         """Jobs that differ in prompt, negative prompt and seed only share a batch; on the CPU each has its own.
 
         There oneDNN and MKL add up in another order for another batch size, from the first convolution on, and the
-        last bits of a picture would depend on its neighbours. What that costs: small pictures take up to twice as
-        long as in a batch of eight; from about 512 pixels on there is no difference.
+        last bits of a picture would depend on its neighbours. The price: a picture of 16x16 latents takes twice as
+        long as in a batch of eight.
         """
         most = 1 if self.device.type == "cpu" else batch_size
         for _, alike in groupby(jobs, key=self._shape):
@@ -151,9 +151,9 @@ class Pipeline:
                 local_files_only=True,
                 **left_out,
             ).to(device)
+            self.scheduler = self.pipeline.scheduler
         self.pipeline.set_progress_bar_config(disable=True)
         self.name = spec.pipeline
-        self.scheduler = self.pipeline.scheduler
         self.takes = inspect.signature(self.pipeline.__call__).parameters
         needed = [name for name, p in self.takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if "prompt" not in self.takes or set(needed) - {"prompt"}:

@@ -47,7 +47,7 @@ def resolve(ref: str) -> Path:
         return BUILTIN
     if is_hub_id(ref):
         return hub.fetch(ref)
-    folder = Path(ref).expanduser()
+    folder = _path(ref)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -57,7 +57,14 @@ def resolve(ref: str) -> Path:
 
 def is_hub_id(ref: str) -> bool:
     """Whether a reference to a model means one on the hub: neither `builtin` nor anything that lies here."""
-    return ref != "builtin" and not Path(ref).expanduser().exists() and hub.looks_like_hub_id(ref)
+    return ref != "builtin" and not _path(ref).exists() and hub.looks_like_hub_id(ref)
+
+
+def _path(ref: str) -> Path:
+    try:
+        return Path(ref).expanduser()
+    except RuntimeError:  # the home of somebody who has none here
+        return Path(ref)
 
 
 def component(ref: str, name: str) -> Path:

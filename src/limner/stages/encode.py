@@ -21,7 +21,7 @@ from limner.generation.engine import encode_prompts
 from limner.generation.prompts import length_of
 from limner.models import loading
 from limner.models import vae as vaes
-from limner.training.progress import progress
+from limner.progress import progress
 
 ENCODED: tuple[Split, ...] = ("train", "val")  # test only reports
 

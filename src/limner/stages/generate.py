@@ -22,9 +22,9 @@ def run(config: GenerateConfig) -> None:
 
     Raises ConfigError and ModelError before anything is loaded where the settings can tell.
     """
-    spec, jobs = _read(config)
+    spec, jobs = _read(config, None)
     from limner.generation.model import Model
-    from limner.training.progress import progress
+    from limner.progress import progress
 
     model = Model(spec, config.device)
     jobs = model.settle(jobs)
@@ -38,10 +38,11 @@ def run(config: GenerateConfig) -> None:
 
 def plan(config: GenerateConfig) -> dict[str, Any]:
     """What `run` would draw, with what, and what is known of its cost; nothing is fetched or written."""
-    if loading.is_hub_id(config.model) and hub.cached(config.model) is None:
+    cached = hub.cached(config.model) if loading.is_hub_id(config.model) else None
+    if loading.is_hub_id(config.model) and cached is None:
         pictures = len(_prompts(config)) * config.n
         return {"model": f"{config.model}, to be fetched; its size is not known yet", "pictures": pictures}
-    spec, jobs = _read(config)
+    spec, jobs = _read(config, cached)
     first, counts = jobs[0], count_parameters(spec)
     last_seed = config.seed + config.n - 1
     return {
@@ -61,11 +62,11 @@ def _shown_size(job: Job) -> str:
     return f"{job.width}x{job.height} pixels" if job.width else f"size: {OWN}"
 
 
-def _read(config: GenerateConfig) -> tuple[Spec, list[Job]]:
-    """The model's own settings and the jobs."""
+def _read(config: GenerateConfig, folder: Path | None) -> tuple[Spec, list[Job]]:
+    """The model's own settings, read from `folder` where that is known already, and the jobs."""
     prompts = _prompts(config)
     _check_out(config.out)
-    spec = read_spec(config.model)
+    spec = read_spec(config.model, folder)
     jobs = make_jobs(
         spec,
         prompts,

@@ -29,7 +29,7 @@ from limner.data.folders import read_imagefolder, read_webdataset
 from limner.data.report import Item, write_report
 from limner.data.sources import Picture, Source, prepare_captions, split_of
 from limner.errors import DataError
-from limner.training.progress import progress
+from limner.progress import progress
 
 ADAPTERS: dict[str, Callable[[Path], Source]] = {
     "flickr8k": read_flickr8k,

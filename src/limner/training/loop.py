@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from limner.artifacts import Run, atomic_folder
 from limner.config import TrainConfig
 from limner.errors import RunError
+from limner.progress import progress
 from limner.training import checkpoints
 from limner.training.average import WeightAverage
 from limner.training.journal import Journal
-from limner.training.progress import progress
 from limner.training.stream import Stream
 
 log = logging.getLogger(__name__)

@@ -312,7 +312,7 @@ PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
     },
     TrainVaeConfig: {
         "builtin": {
-            "images": 16_000,
+            "images": 18_000,
             "batch_size": 16,
             "validate_every": 4_000,
             "checkpoint_every": 4_000,

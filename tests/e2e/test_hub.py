@@ -192,7 +192,7 @@ class User:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
         )
         assert TOKEN not in done.stdout + done.stderr
         return done

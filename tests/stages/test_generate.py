@@ -103,7 +103,7 @@ def test_prompts_are_read_from_a_pipe_and_nothing_else_is_said(folder: Path) -> 
         capture_output=True,
         env=ENVIRONMENT,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().splitlines() == ["pictures/a-dog-0.png", "pictures/ein-hünd-0.png"]
@@ -115,7 +115,7 @@ def test_paths_go_to_a_file_also_while_the_bar_is_on_a_terminal(folder: Path) ->
     with Path("paths.txt").open("wb") as paths:
         command = [*LIMNER, "A dog.", "--model", str(folder)]
         done = subprocess.run(
-            command, stdin=inner, stdout=paths, stderr=inner, env=ENVIRONMENT, check=False, timeout=120
+            command, stdin=inner, stdout=paths, stderr=inner, env=ENVIRONMENT, check=False, timeout=300
         )
     shown = os.read(terminal, 100_000).decode()
     os.close(inner)

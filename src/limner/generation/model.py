@@ -81,9 +81,9 @@ class Model:
         """Draw `n` pictures a prompt, with the seeds `seed`, `seed + 1`, ...
 
         steps, guidance and size (SIDE or "WIDTHxHEIGHT", in pixels) are the model's own when left out; guidance 1 is
-        off. A prompt and a seed make one picture, whatever is drawn beside it: bit for bit on a CPU; but for rounding on a
-        GPU, whose sums depend on the batch in their last bits. Raises ConfigError for a setting
-        that doesn't fit.
+        off. A prompt and a seed make one picture, whatever is drawn beside it: bit for bit on a CPU, and but for
+        rounding on a GPU, whose sums depend on the batch in their last bits. Raises ConfigError for a setting that
+        doesn't fit.
         """
         jobs = make_jobs(
             self.spec,

@@ -162,17 +162,17 @@ class Run:
                     f"{folder} was started with other settings ({', '.join(sorted(names))}); "
                     "repeat that command to resume it, or choose another --out."
                 )
-        elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        elif folder.is_file() or (folder.is_dir() and any(PARTIAL not in p.name for p in folder.iterdir())):
             raise RunError(f"{folder} exists and is not a run folder; choose another --out.")
         manifest = folder / "manifest.json"
-        if not manifest.exists():
-            write_json(manifest, {"parents": parents})
-        elif roles := _differences(read_json(manifest)["parents"], parents):
+        if manifest.exists() and (roles := _differences(read_json(manifest)["parents"], parents)):
             raise RunError(
                 f"{folder} was made from other contents of {' and '.join(sorted(roles))} than are there now; "
                 "choose another --out."
             )
-        write_json(file, wanted)
+        write_json(file, wanted)  # first, since it is what makes the folder a run's
+        if not manifest.exists():
+            write_json(manifest, {"parents": parents})
         return cls(folder)
 
     @property

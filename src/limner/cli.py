@@ -10,6 +10,7 @@ import errno
 import importlib
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import typer
 from typer import BadParameter
 
 from limner import config as configs
+from limner import settings
 from limner.config import Argument, Flag, StageConfig
 from limner.errors import UserError
 
@@ -100,7 +102,7 @@ def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
     def command(**given: Any) -> None:
         ours = {name: given.pop(name) for name in OURS}
         flags = {name: value for name, value in given.items() if value is not None and value != []}
-        config = configs.resolve(cls, flags, preset=ours["preset"], file=ours["config"], sets=ours["set"])
+        config = settings.resolve(cls, flags, preset=ours["preset"], file=ours["config"], sets=ours["set"])
         module: ModuleType = importlib.import_module(f"limner.stages.{stage}")
         if ours["dry_run"]:
             _print_plan(module.plan(config))
@@ -149,6 +151,8 @@ def _fail(sentence: str, code: int) -> None:
 def main() -> None:
     """Run the command line: exit code 0 done, 2 the user's mistake in one sentence, 130 interrupted, 1 ours."""
     logging.captureWarnings(True)
+    # Waiting threads of torch sleep in place of spinning, which beside other programs is two to ten times as fast.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)
     except UserError as error:

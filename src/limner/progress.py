@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int]
     )
     started = last = time.monotonic()
     now_done = done
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    # Otherwise rich sends what is printed meanwhile to the terminal, also where stdout is a file or a pipe.
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
+    ) as bar:
         task = bar.add_task(what, total=total, completed=done, rate=0.0)
 
         def advance(amount: int) -> None:

@@ -15,7 +15,8 @@ import pytest
 import typer.main
 
 from limner import cli
-from limner.config import PRESETS, StageConfig
+from limner.config import StageConfig
+from limner.settings import PRESETS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

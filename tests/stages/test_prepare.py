@@ -22,11 +22,12 @@ from datasets import load_dataset
 
 from commands import limner, no_special_rights
 from limner.artifacts import sha256_folder
-from limner.config import PrepareConfig, resolve
+from limner.config import PrepareConfig
 from limner.data.archives import digests
 from limner.data.dataset import SPLITS, read_split
 from limner.data.decode import JOURNAL
 from limner.errors import DataError, UserError
+from limner.settings import resolve
 from limner.stages import prepare
 from photos import encoded, jpeg, photo, pixels_of, put
 

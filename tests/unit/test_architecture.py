@@ -22,7 +22,7 @@ LAYERS = (
     {"stages"},
     {"training", "generation", "evaluation", "data"},
     {"models", "diffusion"},
-    {"artifacts", "config", "errors", "progress"},
+    {"artifacts", "config", "settings", "errors", "progress"},
 )
 """A part may import its own layer and those below."""
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

@@ -18,8 +18,9 @@ import pytest
 
 from limner import artifacts
 from limner.artifacts import PARTIAL, Run, atomic_file, atomic_folder, identity, read_json, sha256, sha256_folder
-from limner.config import EncodeConfig, TrainVaeConfig, resolve
+from limner.config import EncodeConfig, TrainVaeConfig
 from limner.errors import RunError
+from limner.settings import resolve
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and devices")
 

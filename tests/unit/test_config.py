@@ -11,13 +11,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from limner import cli
+from limner import cli, settings
 from limner import config as configs
-from limner.config import PRESETS, EncodeConfig, GenerateConfig, PrepareConfig, StageConfig, TrainConfig, resolve
+from limner.config import EncodeConfig, GenerateConfig, PrepareConfig, StageConfig, TrainConfig
 from limner.config import TrainClipConfig as ClipConfig
 from limner.config import TrainUnetConfig as UnetConfig
 from limner.config import TrainVaeConfig as VaeConfig
 from limner.errors import ConfigError
+from limner.settings import PRESETS, resolve
 
 
 def concrete(cls: type[StageConfig] = StageConfig) -> list[type[StageConfig]]:
@@ -59,7 +60,7 @@ def test_every_configuration_is_covered_here() -> None:
 
 def test_later_sources_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     presets = {"quick": {"images": 2, "batch_size": 2, "warmup": 2, "seed": 2}}
-    monkeypatch.setattr(configs, "PRESETS", {UnetConfig: presets})
+    monkeypatch.setattr(settings, "PRESETS", {UnetConfig: presets})
     file = tmp_path / "settings.toml"
     file.write_text("batch_size = 3\nwarmup = 3\nseed = 3\n")
     sources: dict[str, Any] = {"preset": "quick", "file": file, "sets": ["warmup=4", "seed=4"]}
@@ -100,7 +101,7 @@ words = st.text(min_size=1).filter(lambda text: "=" not in text and text.strip()
 
 @given(key=words, value=st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5))
 def test_set_gives_back_any_json_value(key: str, value: Any) -> None:
-    assert configs._assignment(f"{key}={json.dumps(value)}") == (key.strip(), value)
+    assert settings._assignment(f"{key}={json.dumps(value)}") == (key.strip(), value)
 
 
 @given(text=st.text())
@@ -121,7 +122,7 @@ def test_set_never_fails_otherwise_than_in_one_sentence(text: str) -> None:
 
 
 def test_unknown_preset_is_named_with_those_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "PRESETS", {VaeConfig: {"small": {}, "large": {}}})
+    monkeypatch.setattr(settings, "PRESETS", {VaeConfig: {"small": {}, "large": {}}})
     assert fails(VaeConfig, preset="huge") == "There is no preset 'huge'; known: large, small."
 
 

@@ -58,6 +58,10 @@ class LatentCache:
         except (OSError, ValueError) as error:
             raise DataError(f"The latent cache in {folder} is damaged ({error}); encode into a new folder.") from None
         self._first_row = np.cumsum([0, *map(len, self.captions)])
+        if (len(self.captions), self._first_row[-1]) != (len(self.moments), len(self._states)):
+            raise DataError(
+                f"The latent cache in {folder} is damaged (its parts differ in length); encode into a new folder."
+            )
 
     def __len__(self) -> int:
         return len(self.moments)

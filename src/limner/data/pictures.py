@@ -45,7 +45,7 @@ def load_crop(path: Path, size: int, rng: np.random.Generator, *, min_scale: flo
 def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow has it
         raise DataError(f"The picture {path} can't be read ({error}); run `limner prepare` again.") from None
 
 

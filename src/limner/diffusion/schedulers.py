@@ -32,7 +32,13 @@ def new(objective: Objective) -> Any:
 
 def objective_of(scheduler: Any) -> Objective:
     """What the U-Net beside this scheduler predicts. Raises ModelError where Limner can't train that."""
+    if type(scheduler).__name__.startswith("FlowMatch"):  # those know no other, and don't name it
+        return "flow"
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise ModelError(f"The U-Net predicts {prediction_type}, which Limner can't train; choose another model.")
-    return PREDICTION_TYPES[prediction_type]
+    objective = PREDICTION_TYPES.get(prediction_type)
+    if objective is None or (objective != "flow" and not hasattr(scheduler, "betas")):
+        name = type(scheduler).__name__
+        raise ModelError(
+            f"Limner can't train a U-Net with a {name} that predicts {prediction_type}; choose another model."
+        )
+    return objective

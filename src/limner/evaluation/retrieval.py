@@ -15,7 +15,7 @@ def recall(text: Tensor, images: Tensor, owners: Tensor, ks: Sequence[int] = (1,
     text_to_image_r@k: share of captions whose picture is among their k nearest; image_to_text_r@k: share of pictures
     of which any caption is among their k nearest. Ties count against.
     """
-    similarity = text @ images.T  # (M, N)
+    similarity = (text @ images.T).nan_to_num(nan=-torch.inf)  # (M, N)
     own = similarity.gather(1, owners[:, None])  # (M, 1)
     text_rank = (similarity >= own).sum(dim=1) - 1  # (M,): how many pictures are as near or nearer
     best = torch.full((len(images),), -torch.inf).scatter_reduce(0, owners, own[:, 0], "amax")  # (N,)

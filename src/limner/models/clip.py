@@ -12,6 +12,7 @@ from torch import Tensor
 
 from limner.config import TrainClipConfig
 from limner.errors import ConfigError
+from limner.models import loading
 
 LENGTH = 77  # tokens that CLIP's text tower reads, as everything that uses one expects
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -87,9 +88,9 @@ def save(clip: Any, tokenizer: Any, normalisation: dict[str, list[float]], folde
 
 
 def read_normalisation(folder: Path) -> dict[str, list[float]]:
-    """`image_mean` and `image_std` of the CLIP in `folder`, for pixels in [0, 1]."""
+    """`image_mean` and `image_std` of the CLIP in `folder`, for pixels in [0, 1]. Raises ModelError."""
     file = folder / PREPROCESSOR
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = loading.read_config(file) if file.is_file() else {}
     return {name: known.get(name, default) for name, default in OPENAI.items()}
 
 

@@ -28,12 +28,10 @@ def run(config: GenerateConfig) -> None:
 
     model = Model(spec, config.device)
     jobs = model.settle(jobs)
-    stdout = sys.stdout
     with progress("Drawing", sum(job.steps or 0 for job in jobs)) as advance:
         for picture in model.draw(jobs, batch_size=config.batch_size, on_step=advance):
             path = picture.save(config.out)
-            # A progress bar on the terminal takes over stdout, also where that is a file or a pipe.
-            print(path, file=None if stdout.isatty() else stdout, flush=True)
+            print(path, flush=True)
 
 
 def plan(config: GenerateConfig) -> dict[str, Any]:

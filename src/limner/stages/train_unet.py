@@ -89,7 +89,8 @@ class TrainUnet:
             text_encoder, tokenizer = loading.load_text_encoder(self.encoded.clip)
             own = encode_prompts(text_encoder, tokenizer, self.config.sample_prompts)
             states = [*own[:, : self.val.states(0, None).shape[0]], *states]
-        return torch.stack(states), self.val.states(0, None)[None]
+        empty = self.val.states(0, None)
+        return torch.stack(states or [empty]), empty[None]
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:
         captions = self.train.captions[index]

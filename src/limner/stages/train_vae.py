@@ -96,7 +96,8 @@ class TrainVae:
         return total, figures
 
     def _distances(self, again: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-        difference = again.float() - pixels
+        again = again.float()
+        difference = again - pixels
         figures = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
         if self.perceptual is not None:
             figures["perceptual"] = self.perceptual.to(pixels.device)(again, pixels)

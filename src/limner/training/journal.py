@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 
 class Journal:
@@ -23,7 +24,7 @@ class Journal:
         """Add figures, scalars by name, at `seen` images."""
         now = time.monotonic()
         began, first = self.started = self.started or (now, seen)
-        values = {name: float(value) for name, value in figures.items()}
+        values = {name: float(v.detach() if isinstance(v, Tensor) else v) for name, v in figures.items()}
         if seen > first:
             values["images_per_second"] = (seen - first) / (now - began)
         self.accelerator.log(values, step=seen)

@@ -69,14 +69,14 @@ def run_training(make: Callable[[C], Task], config: C) -> Path:
 def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
     """What `run_training` would do: sizes, and the time as a few steps on this machine took. Nothing is written."""
     task = _build(make, config)
-    accelerator = _accelerator(config, None)
+    accelerator = _accelerator(None)
     task.network.to(accelerator.device)
     batches = task.stream.batches(0, (TIMED_STEPS + 1) * config.batch_size, config.batch_size)
     started = time.perf_counter()
     for number, batch in enumerate(batches):
         if number == 1:
             started = time.perf_counter()
-        with accelerator.autocast():
+        with _arithmetic(config, accelerator):
             loss, _ = task.loss(task.network, _moved(batch, accelerator.device))
         loss.backward()
     rate = TIMED_STEPS * config.batch_size / (time.perf_counter() - started)
@@ -99,12 +99,13 @@ def _build(make: Callable[[C], Task], config: C) -> Task:
     return make(config)
 
 
-def _accelerator(config: TrainConfig, folder: Path | None) -> Accelerator:
-    return Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        log_with="tensorboard" if folder else None,
-        project_dir=folder,
-    )
+def _accelerator(folder: Path | None) -> Accelerator:
+    # Its own mixed precision could not differ between two trainings of a process; `_arithmetic` is in its place.
+    return Accelerator(mixed_precision="no", log_with="tensorboard" if folder else None, project_dir=folder)
+
+
+def _arithmetic(config: TrainConfig, accelerator: Accelerator) -> torch.autocast:
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def _moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ def _train(task: Task, config: TrainConfig, run: Run) -> dict[str, Any]:
     Returns facts for the manifest. Raises RunError when the loss stops being a number; the last good checkpoint
     is left as it is.
     """
-    accelerator = _accelerator(config, run.folder)
+    accelerator = _accelerator(run.folder)
     # Channels last is what convolutions are fastest in, on CPU by a factor of five; other layers don't mind.
     task.network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     task.network.train()
@@ -143,15 +144,13 @@ def _train(task: Task, config: TrainConfig, run: Run) -> dict[str, Any]:
             rate = learning_rate(seen, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with accelerator.autocast():
+            torch.manual_seed(config.seed + seen)  # for dropout, if the network has any
+            with _arithmetic(config, accelerator):
                 loss, figures = task.loss(network, _moved(batch, accelerator.device))
-            if not torch.isfinite(loss):
-                raise RunError(
-                    f"The loss became {loss.item()} after {seen} images; the last good checkpoint is kept. "
-                    f"Lower lr ({config.lr}) and start in a new folder."
-                )
+            _refuse_nan("loss", loss, seen, config)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(network.parameters(), config.clip_norm)
+            _refuse_nan("gradient", norm, seen, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             before, seen = seen, seen + config.batch_size
@@ -172,6 +171,7 @@ def _train(task: Task, config: TrainConfig, run: Run) -> dict[str, Any]:
                 checkpoints.save(folder, task.network, average, optimizer, {**facts, "images": seen})
                 checkpoints.prune(run.checkpoints, config.keep_checkpoints, best=folder if best else None)
 
+    task.network.eval()
     if accelerator.is_main_process:
         with average.applied(), atomic_folder(run.model) as folder:
             task.save(folder)
@@ -197,6 +197,14 @@ def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def _crossed(before: int, after: int, every: int) -> bool:
     return before // every != after // every
+
+
+def _refuse_nan(what: str, value: Tensor, seen: int, config: TrainConfig) -> None:
+    if not torch.isfinite(value):
+        raise RunError(
+            f"The {what} became {value.item()} after {seen} images; the last good checkpoint is kept. "
+            f"Lower lr ({config.lr}) and start in a new folder."
+        )
 
 
 def _validate(task: Task, average: WeightAverage, samples: Path) -> dict[str, float]:

@@ -7,6 +7,7 @@ arXiv 2312.02696).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -37,7 +38,9 @@ class Stream(Dataset[Example]):
         """Batches of the positions first..last, this process's share of each; the last may run past `last`."""
         starts = range(first, last, batch_size)
         shares = [list(range(start + rank, start + batch_size, world)) for start in starts]
-        yield from DataLoader(self, batch_sampler=shares, num_workers=workers)
+        # Forked workers share the examples' memory, and end when their parent is killed.
+        context = "fork" if workers and sys.platform == "linux" else None
+        yield from DataLoader(self, batch_sampler=shares, num_workers=workers, multiprocessing_context=context)
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,126 @@
+"""Presets, and how a configuration is put together.
+
+In rising order: the defaults of `config.py`, a preset, a TOML or JSON file (`--config`; the `config.json` of a run is
+one), `--set key=value`, and the flags.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from limner.config import Argument, AssembleConfig, StageConfig, TrainClipConfig, TrainUnetConfig, TrainVaeConfig
+from limner.errors import ConfigError
+
+MISSION = ("A golden retriever playing in a field.", "A toddler playing in a sandbox.")
+
+PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
+    # What recipes/builtin uses, cut for two CPU cores in about two hours; docs/experiments.md has what it reached.
+    TrainClipConfig: {
+        "builtin": {
+            "images": 48_000,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "warmup": 6_000,
+            "ema_halflife": 4_000,
+            "validate_every": 12_000,
+            "checkpoint_every": 12_000,
+        },
+    },
+    TrainVaeConfig: {
+        "builtin": {
+            "images": 18_000,
+            "batch_size": 16,
+            "validate_every": 4_000,
+            "checkpoint_every": 4_000,
+        },
+    },
+    TrainUnetConfig: {
+        "builtin": {
+            "images": 100_000,
+            "batch_size": 32,
+            "validate_every": 20_000,
+            "checkpoint_every": 5_000,
+            "sample_prompts": MISSION,
+        },
+    },
+    AssembleConfig: {
+        "builtin": {"precision": "bf16", "steps": 20, "guidance": 4.0},
+    },
+}
+"""Named settings of a stage; the comment beside one says what it reached."""
+
+C = TypeVar("C", bound=StageConfig)
+
+
+def resolve(
+    cls: type[C],
+    flags: Mapping[str, Any],
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    sets: Iterable[str] = (),
+) -> C:
+    """Put a configuration together; later sources win: defaults, preset, file, sets (`key=value`), flags.
+
+    Raises ConfigError in one sentence: an unknown preset or key, a value out of range, an unreadable file.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        presets = PRESETS.get(cls, {})
+        if preset not in presets:
+            known = ", ".join(sorted(presets)) or "none for this command"
+            raise ConfigError(f"There is no preset {preset!r}; known: {known}.")
+        values |= presets[preset]
+    if file is not None:
+        values |= _read(file)
+    values |= dict(_assignment(text) for text in sets)
+    values |= flags
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(cls, error)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"The configuration file {file} can't be read ({reason}); mend or leave out --config."
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"The configuration file {file} must hold settings by name.")
+    return values
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key=value, not {text!r}.")
+    try:
+        return key.strip(), json.loads(value)
+    except (ValueError, RecursionError):
+        return key.strip(), value
+
+
+def _sentence(cls: type[StageConfig], error: ValidationError) -> str:
+    """Say the first of pydantic's complaints in one sentence."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"There is no setting {name!r}; --help and config.py list them."
+    if first["type"] == "missing":
+        by_position = any(isinstance(mark, Argument) for mark in cls.model_fields[name].metadata)
+        return f"{'' if by_position else '--'}{name} is missing; see --help."
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return f"{message}."
+    return f"{name}: {message[0].lower()}{message[1:]}, not {first['input']!r}."

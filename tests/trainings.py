@@ -1,13 +1,8 @@
-"""Tiny trainings for tests: the smallest settings of each stage, a task of a few weights, and a process to kill."""
+"""Tiny trainings for tests: the smallest settings of each stage, and a task of a few dozen weights."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import runpy
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +19,8 @@ from limner.config import (
     TrainConfig,
     TrainUnetConfig,
     TrainVaeConfig,
-    resolve,
 )
+from limner.settings import resolve
 from limner.training.loop import run_training
 from limner.training.stream import Example, Stream
 
@@ -109,62 +104,3 @@ class Summing:
 def run_summing(config: TrainConfig) -> Path:
     """Train `Summing`, as a stage's `run` does."""
     return run_training(Summing, config)
-
-
-# ---- a process that is killed
-
-WRITES = {"os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
-_PRELOADED = [
-    "torch.utils.tensorboard",
-    "limner.stages.train_clip",
-    "limner.stages.train_vae",
-    "limner.stages.train_unet",
-    "limner.stages.encode",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.schedulers.scheduling_dpmsolver_multistep",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.clip.tokenization_clip",
-]
-
-
-def writes_of(run: Callable[[C], Path], config: C) -> int:
-    """How often a run opens, makes, renames or removes something in its folder, when nobody kills it."""
-    receive, send = multiprocessing.Pipe(duplex=False)
-    code, count = _in_a_process(run, config, send, 0), receive.recv()
-    assert code == 0
-    return int(count)
-
-
-def kill(run: Callable[[C], Path], config: C, *, at_write: int) -> None:
-    """Run a stage in a process of its own, which SIGKILL ends just before its n-th write in the stage's folder."""
-    code = _in_a_process(run, config, None, at_write)
-    assert code == -signal.SIGKILL, f"the run ended with {code} before its write {at_write}"
-
-
-def _in_a_process(run: Callable[[C], Path], config: C, send: Any, at_write: int) -> int | None:
-    context = multiprocessing.get_context("forkserver")  # which loads the libraries once
-    context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=_counted, args=(run, config, send, at_write))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def _counted(run: Callable[[C], Path], config: C, send: Any, at_write: int) -> None:
-    torch.set_num_threads(1)
-    count = 0
-    folder = str(config.out)
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        writes = event in WRITES or (event == "open" and any(letter in str(arguments[1]) for letter in "wax"))
-        if writes and str(arguments[0]).startswith(folder):
-            count += 1
-            if count == at_write:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    run(config)
-    if send is not None:
-        send.send(count)

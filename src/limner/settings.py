@@ -34,7 +34,7 @@ PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
     },
     TrainVaeConfig: {
         "builtin": {
-            "images": 18_000,
+            "images": 26_000,
             "batch_size": 16,
             "validate_every": 4_000,
             "checkpoint_every": 4_000,
@@ -42,9 +42,9 @@ PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
     },
     TrainUnetConfig: {
         "builtin": {
-            "images": 100_000,
+            "images": 64_000,
             "batch_size": 32,
-            "validate_every": 20_000,
+            "validate_every": 16_000,
             "checkpoint_every": 5_000,
             "sample_prompts": MISSION,
         },

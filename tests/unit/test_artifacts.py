@@ -17,7 +17,17 @@ from typing import NoReturn
 import pytest
 
 from limner import artifacts
-from limner.artifacts import PARTIAL, Run, atomic_file, atomic_folder, identity, read_json, sha256, sha256_folder
+from limner.artifacts import (
+    PARTIAL,
+    Run,
+    atomic_file,
+    atomic_folder,
+    identity,
+    is_finished,
+    read_json,
+    sha256,
+    sha256_folder,
+)
 from limner.config import EncodeConfig, TrainVaeConfig
 from limner.errors import RunError
 from limner.settings import resolve
@@ -224,67 +234,108 @@ def vae(**settings: object) -> TrainVaeConfig:
     return resolve(TrainVaeConfig, {"data": "d", "out": "r", **settings})
 
 
+PARENTS = {"data": "0" * 64, "vae": "1" * 64}
+
+
 def test_a_run_is_opened_again_with_the_same_settings(tmp_path: Path) -> None:
-    run = Run.open(tmp_path / "r", vae())
+    run = Run.open(tmp_path / "r", vae(), PARENTS)
     put(run.checkpoints, {"1/state.json": "{}"})
-    assert Run.open(tmp_path / "r", vae()) == run
+    assert Run.open(tmp_path / "r", vae(), PARENTS) == run
     assert (run.checkpoints / "1" / "state.json").exists()
     assert resolve(TrainVaeConfig, {}, file=run.folder / "config.json") == vae()
+    assert run.manifest == {"parents": PARENTS}
+    assert not run.finished
 
 
 def test_a_run_is_not_opened_with_other_settings_and_they_are_named(tmp_path: Path) -> None:
-    Run.open(tmp_path / "r", vae())
+    Run.open(tmp_path / "r", vae(), PARENTS)
     before = tree(tmp_path)
     with pytest.raises(RunError, match=r"other settings \(channels, lr\)"):
-        Run.open(tmp_path / "r", vae(lr=0.5, channels=(8, 8), workers=3))
+        Run.open(tmp_path / "r", vae(lr=0.5, channels=(8, 8), workers=3), PARENTS)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("parents", "named"),
+    [
+        ({**PARENTS, "vae": "2" * 64}, "vae"),
+        ({"data": "3" * 64, "vae": "2" * 64}, "data and vae"),
+        ({"data": "0" * 64}, "vae"),
+        ({**PARENTS, "clip": "4" * 64}, "clip"),
+    ],
+)
+def test_a_run_is_not_opened_with_other_parents_and_they_are_named(
+    tmp_path: Path, parents: dict[str, str], named: str, finished: bool
+) -> None:
+    run = Run.open(tmp_path / "r", vae(), PARENTS)
+    if finished:
+        run.finish(started=time.time())
+    before = tree(tmp_path)
+    with pytest.raises(RunError, match=f"made from other contents of {named} than"):
+        Run.open(tmp_path / "r", vae(workers=3), parents)
     assert tree(tmp_path) == before
 
 
 def test_a_run_is_not_opened_by_another_stage(tmp_path: Path) -> None:
-    Run.open(tmp_path / "r", vae())
+    Run.open(tmp_path / "r", vae(), PARENTS)
     encode = resolve(EncodeConfig, {"data": "d", "out": "r", "vae": "v", "clip": "c"})
     with pytest.raises(RunError, match="other settings"):
-        Run.open(tmp_path / "r", encode)
+        Run.open(tmp_path / "r", encode, PARENTS)
 
 
 def test_settings_that_do_not_change_the_result_may_differ_and_are_kept(tmp_path: Path) -> None:
-    Run.open(tmp_path / "r", vae())
-    Run.open(tmp_path / "r", vae(workers=3, images=200_000))
+    Run.open(tmp_path / "r", vae(), PARENTS)
+    Run.open(tmp_path / "r", vae(workers=3, images=200_000), PARENTS)
     assert read_json(tmp_path / "r" / "config.json")["images"] == 200_000
 
 
 def test_a_run_may_be_moved(tmp_path: Path) -> None:
-    Run.open(tmp_path / "r", vae(out=tmp_path / "r"))
+    Run.open(tmp_path / "r", vae(out=tmp_path / "r"), PARENTS)
     (tmp_path / "r").rename(tmp_path / "s")
-    Run.open(tmp_path / "s", vae(out=tmp_path / "s"))
+    Run.open(tmp_path / "s", vae(out=tmp_path / "s"), PARENTS)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    put(tmp_path, {"photos/a.jpg": "", "notes": "a file"})
-    for name in ("photos", "notes"):
+    put(tmp_path, {"photos/a.jpg": "", "notes": "a file", "model/manifest.json": "{}"})
+    before = tree(tmp_path)
+    for name in ("photos", "notes", "model"):
         with pytest.raises(RunError, match="not a run folder"):
-            Run.open(tmp_path / name, vae())
-    assert tree(tmp_path) == {"photos/a.jpg": "", "notes": "a file"}
+            Run.open(tmp_path / name, vae(), PARENTS)
+    assert tree(tmp_path) == before
 
 
-def test_an_empty_folder_will_do(tmp_path: Path) -> None:
-    Run.open(tmp_path, vae())
-    assert list(tree(tmp_path)) == ["config.json"]
+@pytest.mark.parametrize("left", [{}, {".config.json.123.partial": "{"}], ids=["empty", "what a kill left"])
+def test_an_empty_folder_will_do(tmp_path: Path, left: dict[str, str]) -> None:
+    put(tmp_path, left)
+    Run.open(tmp_path, vae(), PARENTS)
+    assert set(tree(tmp_path)) - set(left) == {"config.json", "manifest.json"}
 
 
-def test_a_damaged_config_is_named(tmp_path: Path) -> None:
-    put(tmp_path, {"config.json": "{"})
-    with pytest.raises(RunError, match=r"config\.json is not valid JSON"):
-        Run.open(tmp_path, vae())
+def test_a_run_killed_while_it_was_opened_is_opened(tmp_path: Path) -> None:
+    Run.open(tmp_path, vae(), PARENTS)
+    (tmp_path / "manifest.json").unlink()
+    assert Run.open(tmp_path, vae(), PARENTS).manifest == {"parents": PARENTS}
 
 
-def test_a_run_is_finished_when_its_manifest_is_written(tmp_path: Path) -> None:
-    run = Run.open(tmp_path, vae())
+@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    Run.open(tmp_path, vae(), PARENTS)
+    put(tmp_path, {name: "{"})
+    with pytest.raises(RunError, match=rf"{name} is not valid JSON"):
+        Run.open(tmp_path, vae(), PARENTS)
+
+
+def test_a_run_is_finished_when_its_manifest_says_so(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, vae(), PARENTS)
     assert not run.finished
-    run.finish(parents={"data": "0" * 64}, started=time.time() - 2, images=10)
+    run.finish(started=time.time() - 2, images=10)
     assert run.finished
+    assert is_finished(tmp_path)
+    assert not is_finished(tmp_path / "missing")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["parents"] == {"data": "0" * 64}
+    assert manifest["parents"] == PARENTS
     assert manifest["images"] == 10
     assert manifest["seconds"] >= 2
     assert {"limner", "finished", "hardware"} <= set(manifest)
+    assert Run.open(tmp_path, vae(images=200_000), PARENTS).manifest == manifest

@@ -55,9 +55,9 @@ class LatentCache:
             self._states: Array = np.load(root / split / "states.npy", mmap_mode="r")  # (M, L, D)
             self._empty: Array = np.load(root / "empty.npy")  # (1, L, D)
             self.captions: list[list[str]] = json.loads((root / split / "captions.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            self._first_row = np.cumsum([0, *map(len, self.captions)])
+        except (OSError, ValueError, EOFError, TypeError) as error:
             raise DataError(f"The latent cache in {folder} is damaged ({error}); encode into a new folder.") from None
-        self._first_row = np.cumsum([0, *map(len, self.captions)])
         if (len(self.captions), self._first_row[-1]) != (len(self.moments), len(self._states)):
             raise DataError(
                 f"The latent cache in {folder} is damaged (its parts differ in length); encode into a new folder."

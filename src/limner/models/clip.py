@@ -37,7 +37,11 @@ def new_tokenizer(captions: Iterable[str], size: int) -> Any:
     pattern = CLIPTokenizer().backend_tokenizer  # for how it cuts text into words
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = pattern.normalizer, pattern.pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False)
+    # The trainer numbers ends of words as it meets them, in an order of chance, and breaks ties between merges by
+    # number; told beforehand, the numbers are always the same, and so is the tokenizer.
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, end_of_word_suffix="</w>", show_progress=False, special_tokens=entries
+    )
     bpe.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"][:room]]
     entries += ["".join(pair) for pair in merges] + [BEGIN, END]

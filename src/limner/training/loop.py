@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -139,7 +140,7 @@ def _train(task: Task, config: TrainConfig, run: Run) -> dict[str, Any]:
         workers=config.workers,
     )
 
-    with progress("images", config.images, done=seen) as advance:
+    with progress("images", config.images, done=seen) as advance, closing(batches):
         for batch in batches:
             rate = learning_rate(seen, config)
             for group in optimizer.param_groups:

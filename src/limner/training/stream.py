@@ -8,7 +8,7 @@ arXiv 2312.02696).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from typing import Any
 
@@ -34,7 +34,7 @@ class Stream(Dataset[Example]):
 
     def batches(
         self, first: int, last: int, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> Generator[dict[str, Tensor], None, None]:
         """Batches of the positions first..last, this process's share of each; the last may run past `last`."""
         starts = range(first, last, batch_size)
         shares = [list(range(start + rank, start + batch_size, world)) for start in starts]

@@ -1,0 +1,68 @@
+"""A dataset of shapes and one tiny run of each stage, made once for all tests that start from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from limner.config import EncodeConfig, PrepareConfig, TrainClipConfig, TrainUnetConfig, TrainVaeConfig
+from limner.settings import resolve
+from limner.stages import encode, prepare, train_clip, train_unet, train_vae
+from trainings import config, shapes
+
+
+def prepared(source: Path, out: Path, **settings: object) -> Path:
+    """A dataset folder of a source."""
+    values = {"kind": "imagefolder", "source": source, "out": out, "workers": 1, **settings}
+    return prepare.run(resolve(PrepareConfig, values))
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs below lie."""
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="session")
+def data(stages: Path) -> Path:
+    """A dataset of 32 pictures of shapes, five captions each."""
+    return prepared(shapes(stages / "source", 32), stages / "data", val_share=0.25)
+
+
+@pytest.fixture(scope="session")
+def no_val(stages: Path, data: Path) -> Path:
+    """The same pictures, none of them in val."""
+    return prepared(stages / "source", stages / "no-val", val_share=0, test_share=0)
+
+
+@pytest.fixture(scope="session")
+def uncaptioned(stages: Path) -> Path:
+    """Pictures without captions."""
+    source = shapes(stages / "bare", 12)
+    (source / "metadata.jsonl").unlink()
+    return prepared(source, stages / "uncaptioned", uncaptioned=True, val_share=0.4, test_share=0)
+
+
+@pytest.fixture(scope="session")
+def clip(stages: Path, data: Path) -> Path:
+    """A run of `train clip`."""
+    return train_clip.run(config(TrainClipConfig, data, stages / "clip"))
+
+
+@pytest.fixture(scope="session")
+def vae(stages: Path, data: Path) -> Path:
+    """A run of `train vae`."""
+    return train_vae.run(config(TrainVaeConfig, data, stages / "vae"))
+
+
+@pytest.fixture(scope="session")
+def latents(stages: Path, data: Path, clip: Path, vae: Path) -> Path:
+    """A run of `encode`."""
+    return encode.run(config(EncodeConfig, data, stages / "latents", clip=str(clip), vae=str(vae)))
+
+
+@pytest.fixture(scope="session")
+def unet(stages: Path, latents: Path) -> Path:
+    """A run of `train unet`."""
+    return train_unet.run(config(TrainUnetConfig, latents, stages / "unet"))

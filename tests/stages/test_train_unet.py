@@ -1,0 +1,168 @@
+"""`limner train unet`: on the latents and token states of `encode`, for the scheduler that it is saved with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from PIL import Image
+from torch.testing import assert_close
+
+from limner.artifacts import read_json
+from limner.config import EncodeConfig, TrainUnetConfig
+from limner.data.latents import LatentCache
+from limner.diffusion import schedulers
+from limner.errors import DataError, ModelError, RunError
+from limner.models import loading
+from limner.stages import encode, train_unet
+from limner.stages.train_unet import TrainUnet
+from tiny import tiny_unet
+from trainings import SIDE, config
+
+
+def examples(
+    latents: Path, tmp_path: Path, count: int, **settings: object
+) -> tuple[TrainUnet, list[dict[str, object]]]:
+    """The task and its first examples."""
+    task = TrainUnet(config(TrainUnetConfig, latents, tmp_path / "r", **settings))
+    return task, [task.stream[k] for k in range(count)]
+
+
+# ---- what it learns from
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3, 1.0])
+def test_captions_are_dropped_as_often_as_asked(latents: Path, tmp_path: Path, dropout: float) -> None:
+    task, shown = examples(latents, tmp_path, 400, caption_dropout=dropout)
+    dropped = sum(torch.equal(example["states"], task.empty[0]) for example in shown)  # type: ignore[arg-type]
+    assert dropped / 400 == pytest.approx(dropout, abs=0.08 if 0 < dropout < 1 else 0)
+
+
+def test_each_caption_and_both_views_of_a_picture_are_shown(latents: Path, tmp_path: Path) -> None:
+    _, shown = examples(latents, tmp_path, 600, caption_dropout=0)
+    cache = LatentCache(latents, "train")
+
+    def seen(name: str, wanted: torch.Tensor) -> bool:
+        return any(torch.equal(example[name], wanted) for example in shown)  # type: ignore[arg-type]
+
+    assert all(seen("states", cache.states(0, caption)) for caption in range(5))
+    assert all(seen("moments", cache.view(0, view)) for view in range(2))
+    assert len({float(example["t"]) for example in shown}) == 600  # type: ignore[arg-type]
+
+
+def test_a_caption_with_a_side_is_never_shown_mirrored(latents: Path, tmp_path: Path) -> None:
+    shutil.copytree(latents, tmp_path / "latents")
+    cache = LatentCache(latents, "train")
+    file = tmp_path / "latents" / "cache" / "train" / "captions.json"
+    file.write_text(str([["on the left"] * 5 for _ in cache.captions]).replace("'", '"'))
+    _, shown = examples(tmp_path / "latents", tmp_path, 100, caption_dropout=0)
+    plain = [cache.view(index, 0) for index in range(len(cache))]
+    for example in shown:
+        assert any(torch.equal(example["moments"], view) for view in plain)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", ["flow", "eps", "v"])
+@torch.no_grad()
+def test_a_network_that_knows_nothing_loses_what_its_target_varies(
+    latents: Path, tmp_path: Path, objective: str
+) -> None:
+    """Latents and noise have unit variance: a flow of both varies by 2, noise by 1, and v by 1."""
+    task, _ = examples(latents, tmp_path, 0, objective=objective)
+    task.network.conv_out.weight.zero_()
+    task.network.conv_out.bias.zero_()
+    (batch,) = task.stream.batches(0, 256, 256)
+    wanted = {"flow": 2.0, "eps": 1.0, "v": 1.0}[objective]
+    assert_close(task.loss(task.network, batch)[0].item(), wanted, rtol=0.1, atol=0)
+
+
+# ---- what it leaves
+
+
+@pytest.mark.parametrize("objective", ["eps", "v"])
+def test_the_scheduler_is_of_the_objective_and_a_further_training_keeps_it(
+    latents: Path, tmp_path: Path, objective: str
+) -> None:
+    run = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", objective=objective, images=8))
+    assert schedulers.objective_of(loading.load_scheduler(str(run))) == objective
+    more = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "s", model=str(run), images=8))
+    assert schedulers.objective_of(loading.load_scheduler(str(more))) == objective
+
+
+def test_pictures_are_drawn_at_each_validation(latents: Path, tmp_path: Path) -> None:
+    prompts = ("A red circle on a blue ground.", "A circle " * 100)
+    run = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", images=8, sample_prompts=prompts))
+    val = len(LatentCache(latents, "val"))
+    count = len(prompts) + min(val, train_unet.SHOWN)
+    sheet = Image.open(run / "samples" / "000000008" / "drawn.png")
+    assert sheet.size == (4 * SIDE, -(-count // 4) * SIDE)
+    assert np.asarray(sheet).std() > 0
+
+
+def test_figures_are_by_level(unet: Path) -> None:
+    figures = read_json(unet / "manifest.json")["validation"]
+    levels = [value for name, value in figures.items() if name.startswith("loss_at_")]
+    assert len(levels) == len(train_unet.LEVELS)
+    assert figures["loss"] == pytest.approx(sum(levels) / len(levels))
+
+
+def test_pictures_without_captions_teach_too(uncaptioned: Path, clip: Path, vae: Path, tmp_path: Path) -> None:
+    cache = encode.run(config(EncodeConfig, uncaptioned, tmp_path / "latents", clip=str(clip), vae=str(vae)))
+    run = train_unet.run(config(TrainUnetConfig, cache, tmp_path / "r", images=8))
+    assert (run / "samples" / "000000008" / "drawn.png").exists()
+
+
+# ---- mistakes
+
+
+def saved_unet(folder: Path, **settings: object) -> str:
+    """A U-Net with its scheduler, not trained here."""
+    tiny_unet(**settings).save_pretrained(folder / "unet")  # type: ignore[arg-type]
+    schedulers.new("flow").save_pretrained(folder / "scheduler")
+    return str(folder)
+
+
+def test_a_unet_of_another_width_is_refused(latents: Path, tmp_path: Path) -> None:
+    model = saved_unet(tmp_path / "model", cross_attention_dim=24)
+    with pytest.raises(ModelError, match=r"wants token states of width 24, and .* has 16; encode with"):
+        train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", model=model))
+    model = saved_unet(tmp_path / "other", cross_attention_dim=16, in_channels=8, out_channels=8)
+    with pytest.raises(ModelError, match=r"wants latents of 8 channels, and .* has 4; encode with"):
+        train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", model=model))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_unet_that_predicts_something_else_is_refused(latents: Path, tmp_path: Path) -> None:
+    model = saved_unet(tmp_path / "model", cross_attention_dim=16)
+    DDIMScheduler(prediction_type="sample").save_pretrained(tmp_path / "model" / "scheduler")
+    with pytest.raises(ModelError, match="predicts sample; choose another model"):
+        train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", model=model))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_cache_without_val_is_refused(no_val: Path, clip: Path, vae: Path, tmp_path: Path) -> None:
+    cache = encode.run(config(EncodeConfig, no_val, tmp_path / "latents", clip=str(clip), vae=str(vae)))
+    with pytest.raises(DataError, match="no pictures in its val split"):
+        train_unet.run(config(TrainUnetConfig, cache, tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_dataset_in_place_of_its_latents_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a finished run of `limner encode`"):
+        train_unet.run(config(TrainUnetConfig, data, tmp_path / "r"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latents_made_anew_are_another_parent(latents: Path, tmp_path: Path) -> None:
+    shutil.copytree(latents, tmp_path / "latents")
+    settings = config(TrainUnetConfig, tmp_path / "latents", tmp_path / "r", images=8)
+    train_unet.run(settings)
+    file = tmp_path / "latents" / "cache" / "train" / "moments.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunError, match="other contents of data than"):
+        train_unet.run(settings)

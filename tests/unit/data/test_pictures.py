@@ -1,0 +1,171 @@
+"""Pictures as training sees them: range, crops, mirroring, and what can't be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+from limner.data.pictures import load_crop, load_pixels, may_flip, save_grid
+from limner.errors import DataError
+from photos import encoded, photo, put
+
+SIZES = [(16, 16), (40, 24), (24, 40), (100, 17)]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A photograph that is wider than high."""
+    photo(0, 64, 48).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def ramp(path: Path, width: int, height: int) -> Path:
+    """A picture whose red tells the column and whose green tells the row."""
+    array = np.zeros((height, width, 3), np.uint8)
+    array[..., 0] = np.arange(width)
+    array[..., 1] = np.arange(height)[:, None]
+    Image.fromarray(array).save(path)
+    return path
+
+
+def crop(path: Path, seed: int, *, size: int = 16, min_scale: float = 0.5, flip: bool = False) -> Tensor:
+    """A random crop by seed."""
+    return load_crop(path, size, np.random.default_rng(seed), min_scale=min_scale, flip=flip)
+
+
+# ---- pixels
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_any_picture_becomes_square_pixels_from_minus_1_to_1(tmp_path: Path, width: int, height: int) -> None:
+    array = np.zeros((height, width, 3), np.uint8)
+    array[:, width // 2 :] = 255
+    Image.fromarray(array).save(tmp_path / "p.png")
+    for pixels in (load_pixels(tmp_path / "p.png", 16), crop(tmp_path / "p.png", 0)):
+        assert pixels.shape == (3, 16, 16)
+        assert pixels.dtype == torch.float32
+    pixels = load_pixels(tmp_path / "p.png", 16)
+    assert (pixels.min(), pixels.max()) == (-1, 1)
+
+
+def test_bytes_become_pixels_and_pixels_bytes(tmp_path: Path) -> None:
+    array = np.arange(16 * 16 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3)
+    Image.fromarray(array).save(tmp_path / "p.png")
+    pixels = load_pixels(tmp_path / "p.png", 16)
+    assert_close(pixels, torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1)
+    save_grid(pixels[None], tmp_path / "q.png", columns=1)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "q.png")), array)
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 24), (24, 40)])
+def test_pixels_are_of_the_centre(tmp_path: Path, width: int, height: int) -> None:
+    pixels = load_pixels(ramp(tmp_path / "p.png", width, height), 24)
+    corner = ((pixels[:2, 0, 0] + 1) * 127.5).tolist()  # column and row of the first pixel
+    assert corner == pytest.approx([(width - 24) / 2, (height - 24) / 2], abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_any_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    put(tmp_path, {"p.tiff": encoded(photo().convert(mode), "TIFF")})
+    assert load_pixels(tmp_path / "p.tiff", 8).shape == (3, 8, 8)
+
+
+# ---- crops
+
+
+@given(
+    size=st.sampled_from(SIZES), seed=st.integers(0, 2**32), min_scale=st.floats(0.1, 1), side=st.sampled_from([8, 16])
+)
+def test_a_crop_lies_in_the_picture_and_is_large_enough(
+    tmp_path_factory: pytest.TempPathFactory, size: tuple[int, int], seed: int, min_scale: float, side: int
+) -> None:
+    width, height = size
+    folder = tmp_path_factory.getbasetemp() / f"ramp-{width}-{height}"
+    folder.mkdir(exist_ok=True)
+    path = folder / "p.png"
+    if not path.exists():
+        ramp(path, width, height)
+    pixels = crop(path, seed, size=side, min_scale=min_scale)
+    assert pixels.shape == (3, side, side)
+    columns, rows = ((pixels[i] + 1) * 127.5 for i in (0, 1))
+    assert -0.5 <= columns.min() <= columns.max() <= width - 0.5
+    assert -0.5 <= rows.min() <= rows.max() <= height - 0.5
+    across = (columns.max() - columns.min()).item() * side / (side - 1)  # from the middles of the outer pixels
+    least = min_scale**0.5 * min(size)
+    assert least - 2.5 <= across <= min(size) + 2.5
+
+
+def test_a_crop_is_a_function_of_its_randomness(picture: Path) -> None:
+    assert torch.equal(crop(picture, 3, flip=True), crop(picture, 3, flip=True))
+    assert len({tuple(crop(picture, seed).flatten().tolist()) for seed in range(10)}) == 10
+
+
+def test_a_crop_of_all_of_a_square_is_the_picture(tmp_path: Path) -> None:
+    photo(0, 32, 32).save(tmp_path / "p.png")
+    assert torch.equal(crop(tmp_path / "p.png", 0, min_scale=1.0), load_pixels(tmp_path / "p.png", 16))
+
+
+def test_about_half_the_crops_are_mirrored_where_they_may_be(tmp_path: Path) -> None:
+    path = ramp(tmp_path / "p.png", 64, 64)
+
+    def mirrored(seed: int, flip: bool) -> bool:
+        pixels = crop(path, seed, flip=flip)
+        return bool(pixels[0, 0, 0] > pixels[0, 0, -1])
+
+    assert not any(mirrored(seed, False) for seed in range(50))
+    assert 70 < sum(mirrored(seed, True) for seed in range(200)) < 130
+    for seed in range(20):  # the same crop otherwise
+        assert torch.equal(crop(path, seed, flip=True).sort(dim=-1)[0], crop(path, seed).sort(dim=-1)[0])
+
+
+@pytest.mark.parametrize(
+    ("caption", "allowed"),
+    [
+        ("A dog on the left of a man.", False),
+        ("Right beside the lake", False),
+        ("LEFT-handed player", False),
+        ("Two dogs run through bright snow.", True),
+        ("The leftover cake is upright.", True),
+        ("", True),
+    ],
+)
+def test_a_caption_with_a_side_forbids_mirroring(caption: str, allowed: bool) -> None:
+    assert may_flip(caption) == allowed
+
+
+# ---- what can't be read
+
+
+def damaged(how: str) -> bytes:
+    """The content of a file that is no whole picture."""
+    png = encoded(photo(), "PNG")
+    return {"cut": png[:200], "text": b"no picture", "empty": b"", "size": png[:16] + b"\0" * 8 + png[24:]}[how]
+
+
+@pytest.mark.parametrize("how", ["cut", "text", "empty", "size", "missing"])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, how: str) -> None:
+    if how != "missing":
+        put(tmp_path, {"p.png": damaged(how)})
+    for load in (lambda: load_pixels(tmp_path / "p.png", 8), lambda: crop(tmp_path / "p.png", 0)):
+        with pytest.raises(DataError, match=r"The picture .*p\.png can't be read .*limner prepare"):
+            load()
+
+
+# ---- grids
+
+
+def test_a_grid_is_filled_row_by_row(tmp_path: Path) -> None:
+    shades = torch.tensor([-1.0, -0.5, 0.0, 0.5, 3.0])[:, None, None, None].expand(5, 3, 2, 4)
+    save_grid(shades, tmp_path / "sub" / "grid.png", columns=3)
+    sheet = np.asarray(Image.open(tmp_path / "sub" / "grid.png"))
+    assert sheet.shape == (4, 12, 3)
+    tiles = [int(sheet[y, x, 0]) for y in (0, 2) for x in (0, 4, 8)]
+    assert tiles == [0, 64, 128, 191, 255, 255]  # what is too bright is cut, and the last place is left white

@@ -15,16 +15,16 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from limner.models.clip import new_tokenizer
 
 torch.set_num_threads(1)  # as fast at this size, and not slowed a hundredfold by whatever else the machine does
 
 WIDTH = 32
 VOCABULARY = 600
-BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 CAPTIONS = [
     "A golden retriever playing in a field.",
     "A toddler playing in a sandbox.",
@@ -54,17 +54,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIPTokenizer of `VOCABULARY` byte pairs learned from `CAPTIONS`, saved in `folder`."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words = [word for caption in CAPTIONS for word in caption.lower().replace(".", " .").split()]
-    bpe.train_from_iterator(words, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [*letters, *(f"{letter}</w>" for letter in letters)]  # so that any text has tokens
-    merges = json.loads(bpe.to_str())["model"]["merges"][: VOCABULARY - len(names) - 2]
-    names += [*("".join(pair) for pair in merges), BEGIN, END]
-    assert len(set(names)) == VOCABULARY
-    vocabulary = {name: i for i, name in enumerate(names)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in merges], model_max_length=77)
+    tokenizer: CLIPTokenizer = new_tokenizer(CAPTIONS, VOCABULARY)
+    assert len(tokenizer) == VOCABULARY
     tokenizer.save_pretrained(folder)
     return tokenizer
 

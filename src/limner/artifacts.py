@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -38,6 +39,19 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, and make one of what safetensors raises in its place."""
+    try:
+        yield
+    except Exception as error:
+        quoted = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else quoted and int(quoted[1])
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success it replaces `path`, on any error it is removed.
 
@@ -46,7 +60,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        yield partial
+        with _disk_errors(path):
+            yield partial
         _fsync(partial)
         partial.replace(path)
     finally:
@@ -71,7 +86,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with _disk_errors(path):
+            yield partial
         for file in partial.rglob("*"):
             _fsync(file)
         if not path.is_dir():

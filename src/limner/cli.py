@@ -51,6 +51,7 @@ INTERRUPTED = 130
 EXPECTED_OS_ERRORS = {
     errno.ENOSPC: "The disk is full",
     errno.EDQUOT: "The disk quota is used up",
+    errno.EFBIG: "A file would become larger than is allowed",
     errno.EACCES: "There is no right to write",
     errno.EPERM: "There is no right to write",
     errno.EROFS: "The disk is read-only",

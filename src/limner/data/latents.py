@@ -26,15 +26,19 @@ Array = np.ndarray[Any, np.dtype[np.float16]]
 
 def write_array(path: Path, shape: Sequence[int], parts: Iterable[Tensor]) -> None:
     """Write an array piece by piece, whole or not at all. `parts` follow each other along the first dimension."""
-    with atomic_file(path) as partial:
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=tuple(shape))
-        row = 0
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)),
+        "fortran_order": False,
+        "shape": tuple(shape),
+    }
+    # Not as a memory map, where a full disk would end the process without a word
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        rows = 0
         for part in parts:
-            array[row : row + len(part)] = part.to("cpu", torch.float16).numpy()
-            row += len(part)
-        assert row == shape[0], f"{path}: {row} rows in place of {shape[0]}"
-        array.flush()
-        del array
+            file.write(part.to("cpu", torch.float16).contiguous().numpy().tobytes())
+            rows += len(part)
+        assert rows == shape[0], f"{path}: {rows} rows in place of {shape[0]}"
 
 
 def write_captions(path: Path, captions: Sequence[Sequence[str]]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from limner.config import TrainUnetConfig
+
+NORM_GROUPS = 32  # of Stable Diffusion; fewer where the channels don't divide
 
 
 def new(config: TrainUnetConfig, *, side: int, latent_channels: int, state_width: int) -> Any:
@@ -27,5 +30,5 @@ def new(config: TrainUnetConfig, *, side: int, latent_channels: int, state_width
         # Diffusers calls the number of heads their width; it says so in UNet2DConditionModel.
         attention_head_dim=tuple(c // config.head_width for c in config.channels),
         cross_attention_dim=state_width,
-        norm_num_groups=config.head_width,
+        norm_num_groups=math.gcd(NORM_GROUPS, *config.channels),
     )

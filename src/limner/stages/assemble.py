@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +43,11 @@ def run(config: AssembleConfig) -> Path:
     """
     parts = _load(config)
     _check_fit(parts)
-    if _is_there(config, parts):
+    text = _card_text(config)
+    facts = _facts(config, parts, text)
+    if _is_there(config.out, facts):
         print(f"Nothing to do: {config.out} holds this model.")
         return config.out
-    text = _card_text(config)
-    facts = {
-        "limner": __version__,
-        "parents": parts.parents,
-        "defaults": {"steps": config.steps, "guidance": config.guidance},
-        "precision": config.precision,
-        "trainings": _trainings(config),
-    }
     with loading.quiet(), atomic_folder(config.out) as folder:
         _save(parts, DTYPES[config.precision], folder)
         write_json(folder / "manifest.json", facts)
@@ -65,7 +60,7 @@ def plan(config: AssembleConfig) -> dict[str, Any]:
     """What `run` would do; nothing is written. Raises as `run` does."""
     parts = _load(config)
     _check_fit(parts)
-    _is_there(config, parts)
+    _is_there(config.out, _facts(config, parts, _card_text(config)))
     networks = {"text encoder": parts.text_encoder, "VAE": parts.vae, "U-Net": parts.unet, "CLIP": parts.clip}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items() if part is not None}
     size = sum(counts.values()) * DTYPES[config.precision].itemsize
@@ -114,20 +109,27 @@ def _check_fit(parts: Parts) -> None:
         raise ModelError(f"The parts don't fit together: {', '.join(wrong)}; take parts that were trained together.")
 
 
-def _is_there(config: AssembleConfig, parts: Parts) -> bool:
+def _facts(config: AssembleConfig, parts: Parts, text: str) -> dict[str, Any]:
+    """The model's manifest: all that makes it what it is."""
+    return {
+        "limner": __version__,
+        "parents": parts.parents,
+        "defaults": {"steps": config.steps, "guidance": config.guidance},
+        "precision": config.precision,
+        "scheduler": json.loads(parts.scheduler.to_json_string(), parse_constant=str),
+        "card": hashlib.sha256(text.encode()).hexdigest(),
+        "trainings": _trainings(config),
+    }
+
+
+def _is_there(out: Path, facts: dict[str, Any]) -> bool:
     """Whether `out` holds this very model. Raises ConfigError where it holds something else."""
-    out = config.out
     if out.is_file():
         raise ConfigError(f"{out} is a file; choose another --out.")
     if not out.is_dir() or not any(out.iterdir()):
         return False
-    manifest = read_json(out / "manifest.json") if (out / "manifest.json").is_file() else {}
-    same = {
-        "parents": parts.parents,
-        "defaults": {"steps": config.steps, "guidance": config.guidance},
-        "precision": config.precision,
-    }
-    if any(manifest.get(name) != value for name, value in same.items()):
+    manifest = out / "manifest.json"
+    if not manifest.is_file() or read_json(manifest) != facts:
         raise ConfigError(f"{out} holds something else; delete it or choose another --out.")
     return True
 

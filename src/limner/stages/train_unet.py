@@ -51,6 +51,11 @@ class TrainUnet:
             raise DataError(f"{config.data} has no pictures in its val split; encode a dataset with some.")
         # EncodeConfig, to know the VAE and the text encoder that samples are drawn with
         self.encoded = EncodeConfig.model_validate(read_json(config.data / "config.json"))
+        if loading.identity(self.encoded.vae, "vae") != read_json(config.data / "manifest.json")["parents"]["vae"]:
+            raise DataError(
+                f"The VAE {self.encoded.vae} is not the one that {config.data} was encoded with; "
+                "encode into a new folder."
+            )
         self.vae_config = loading.read_config(loading.component(self.encoded.vae, "vae") / "config.json")
         self.prompt_states, self.empty = self._prompt_states()
         channels, side = self.train.moments.shape[2] // 2, self.train.moments.shape[-1]

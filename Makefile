@@ -32,7 +32,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.image
+bench: $(VENV)/.dev
 	@for script in benchmarks/*.py; do $(BIN)/python "$$script" --name "$(NAME)" || exit 1; done
 
 docs: $(VENV)/.image

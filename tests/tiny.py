@@ -18,6 +18,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.siglip.configuration_siglip import SiglipConfig
+from transformers.models.siglip.modeling_siglip import SiglipModel
 
 from limner.models.clip import new_tokenizer
 
@@ -25,6 +27,7 @@ torch.set_num_threads(1)  # as fast at this size, and not slowed a hundredfold b
 
 WIDTH = 32
 VOCABULARY = 600
+PIECES = 64  # entries of the tokenizer of a SigLIP
 CAPTIONS = [
     "A golden retriever playing in a field.",
     "A toddler playing in a sandbox.",
@@ -161,3 +164,36 @@ def tiny_model(folder: Path, scheduler: str = "ddim", *, vae: Any = None, unet: 
     index |= {"feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
+
+
+def tiny_siglip_tokenizer(folder: Path) -> Any:
+    """A SiglipTokenizer of `PIECES` pieces of `CAPTIONS`, saved in `folder` with the settings of the published ones."""
+    from sentencepiece import SentencePieceTrainer
+    from transformers.models.siglip.tokenization_siglip import SiglipTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    SentencePieceTrainer.train(
+        sentence_iterator=(caption.lower() for caption in CAPTIONS),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=PIECES,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    tokenizer = SiglipTokenizer(str(folder / "spiece.model"), model_input_names=["input_ids"])
+    assert len(tokenizer) == PIECES
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def tiny_siglip(seed: int = 0) -> SiglipModel:
+    """A SiglipModel for `tiny_siglip_tokenizer` and pictures of 16x16 pixels, in 8x8 patches."""
+    torch.manual_seed(seed)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": PIECES, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 1}
+    vision = {"image_size": 16, "patch_size": 8}
+    return SiglipModel(SiglipConfig(text_config=tower | text, vision_config=tower | vision)).eval()

@@ -52,8 +52,9 @@ SMALLEST: dict[type[StageConfig], dict[str, Any]] = {
 
 
 def config(cls: type[C], data: Path, out: Path, **settings: Any) -> C:
-    """The smallest configuration of a stage that reads `data` and writes `out`."""
-    return resolve(cls, {"data": data, "out": out, **SMALLEST[cls], **settings})
+    """The smallest configuration of a stage that reads `data` and writes `out`; a setting of None is left out."""
+    values = {"data": data, "out": out, **SMALLEST[cls], **settings}
+    return resolve(cls, {name: value for name, value in values.items() if value is not None})
 
 
 def shapes(folder: Path, count: int) -> Path:
@@ -70,14 +71,22 @@ def weights(run: Path) -> dict[str, str]:
 
 
 class Summing:
-    """A task of 57 weights: the sum of a picture's pixels. Some of its neurons are dropped at random."""
+    """A task of 205 weights: the sum of a picture's pixels. Some of its neurons are dropped at random."""
+
+    dropout = 0.2
 
     def __init__(self, config: TrainConfig) -> None:
         self.network = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(4, 1, 1), nn.Flatten(), nn.Linear(4, 1)
+            nn.Conv2d(1, 4, 3),
+            nn.ReLU(),
+            nn.Dropout(self.dropout),
+            nn.Conv2d(4, 4, 3, padding=1),  # a kernel that lies otherwise in memory with channels last
+            nn.Flatten(),
+            nn.Linear(16, 1),
         )
         self.stream = Stream(20, config.seed, self._example)
         self.parents = {"data": "0" * 64}
+        self.rates: dict[str, float] = {}
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:
         x = torch.from_numpy(rng.standard_normal((1, 4, 4), np.float32)) + index / 20

@@ -95,6 +95,11 @@ class TrainConfig(StageConfig):
     """Images to train on in all; a finished run goes on when this is raised."""
     batch_size: Annotated[PositiveInt, FLAG] = 32
     """Images a step, over all processes."""
+    auto: Annotated[bool, FLAG] = False
+    """First find the batch size and the learning rate for this machine, or the one that is not given; the run's
+    config.json keeps them."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all, or Muon for the matrices of the layers and AdamW for the rest; both take the same `lr`."""
     lr: Annotated[PositiveFloat, FLAG] = 1e-4
     """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -125,6 +130,10 @@ class TrainConfig(StageConfig):
     """Images between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep; the best one is kept besides."""
+    result: Literal["last", "best"] = "last"
+    """Which weights become the result: the last, or those of the best validation."""
+    patience: PositiveInt | None = None
+    """Validations in a row without a new best after which the training ends; without it, it goes to its end."""
 
 
 class TrainVaeConfig(TrainConfig):
@@ -151,12 +160,29 @@ class TrainVaeConfig(TrainConfig):
 class TrainClipConfig(TrainConfig):
     """Fine-tune CLIP, or train a new one, so that captions and photographs of the same thing lie close together."""
 
+    changeable: ClassVar[frozenset[str]] = TrainConfig.changeable | {
+        *("labelled", "sweep_alpha", "min_cosine", "unet")  # of the report, which is then written anew
+    }
+
     lr: Annotated[PositiveFloat, FLAG] = 1e-5
     """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's weight decay, on matrices and kernels only."""
     batch_size: Annotated[PositiveInt, FLAG] = 128
     """Images a step, over all processes; the other images of the batch are the negatives."""
+    chunk_size: PositiveInt | None = None
+    """Images that a process holds activations of at once: gradient caching, for batches far beyond memory."""
+    loss: Literal["infonce", "sigmoid"] = "infonce"
+    """Contrast each pair with the batch (InfoNCE), or judge each pair by itself (SigLIP's); captions of one image are
+    never each other's negatives."""
+    tune: Annotated[Literal["full", "lora", "adapter"], FLAG] = "full"
+    """What is trained: all weights, low-rank additions to them, or a linear map on the frozen token states alone."""
+    lock: Annotated[Literal["image", "text"] | None, FLAG] = None
+    """A tower whose weights stay as they are."""
+    lora_rank: PositiveInt = 16
+    """Rank of the additions of `tune=lora`."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each layer learns at this share of the rate of the layer above it; 1 is off."""
     vocabulary: PositiveInt = 4096
     """Entries of a new tokenizer, trained on the captions of the train split."""
     size: PositiveInt = 128
@@ -173,6 +199,42 @@ class TrainClipConfig(TrainConfig):
     """Length of the text and image features of a new CLIP."""
     min_scale: float = Field(default=0.5, gt=0, le=1)
     """Smallest share of the picture that a random crop takes."""
+    colour: float = Field(default=0.0, ge=0, lt=1)
+    """Most by which brightness, contrast and saturation of a picture are changed, as a share."""
+    join: float = Field(default=0.0, ge=0, le=1)
+    """Share of the examples whose text is several of the image's captions, one after the other."""
+    drift_weight: float = Field(default=0.0, ge=0)
+    """Weight of the penalty that holds token states near those of the text tower that the training began with."""
+    result: Literal["last", "best"] = "best"
+    """Which weights become the result: the last, or those of the best validation."""
+    labelled: Path | None = None
+    """Folder with one folder of pictures a class, whose zero-shot accuracy shows what is forgotten."""
+    sweep_alpha: Annotated[bool, FLAG] = False
+    """At the end, mix the weights of `model` and the tuned ones in eleven shares, measure each, and keep the best."""
+    min_cosine: float = Field(default=0.9, ge=-1, le=1)
+    """Least mean cosine to the token states of `model` that a mix must keep to be chosen by `sweep_alpha`."""
+    unet: str | None = None
+    """Model whose VAE and U-Net draw pictures for each mix of `sweep_alpha`."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.model is None:
+            for name in ("sweep_alpha", "drift_weight"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} compares with the CLIP that the training begins with; name it with model")
+            if self.tune != "full" or self.lock:
+                raise ValueError(
+                    "a new CLIP has nothing worth keeping yet; use tune=full without lock, or name a model"
+                )
+        if self.tune == "adapter" and (self.lock or self.sweep_alpha or self.drift_weight):
+            raise ValueError(
+                "tune=adapter leaves both towers as they are; leave out lock, sweep_alpha and drift_weight"
+            )
+        if self.lock == "text" and self.drift_weight:
+            raise ValueError("a locked text tower can't drift; leave out lock=text or drift_weight")
+        if self.unet is not None and not self.sweep_alpha:
+            raise ValueError("unet is only for the pictures of sweep_alpha; set that too")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -258,6 +320,8 @@ class AssembleConfig(StageConfig):
     """Guidance that `generate` uses with this model when none is asked for."""
     card: Path | None = None
     """Markdown for MODEL_CARD.md, of what only you know: purpose, data, licence, limits; the facts are added."""
+    grid: bool = True
+    """Draw the same captions with the CLIP before and after tuning, where it was tuned; kept as grid.png."""
 
 
 class GenerateConfig(StageConfig):

@@ -20,8 +20,14 @@ from threading import Thread
 
 import pytest
 
+from limner.artifacts import read_json
+from limner.config import PrepareConfig, TrainClipConfig
 from limner.generation import provenance
-from tiny import tiny_model
+from limner.models import loading
+from limner.settings import resolve
+from limner.stages import prepare
+from tiny import CAPTIONS, tiny_clip, tiny_model, tiny_siglip, tiny_siglip_tokenizer, tiny_tokenizer
+from trainings import SMALLEST, shapes
 
 TOKEN = "hf_secretsecretsecretsecret"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -152,9 +158,22 @@ def with_more_than_is_needed(model: Path) -> None:
     (model / "README.md").write_text("# Tiny")
 
 
+def clips(owner: Path) -> None:
+    """Put a CLIP into `owner/clip` and a SigLIP into `owner/siglip`, and beside them what hubs hold."""
+    tiny_clip().save_pretrained(owner / "clip")
+    tiny_tokenizer(owner / "clip")
+    tiny_siglip().save_pretrained(owner / "siglip")
+    tiny_siglip_tokenizer(owner / "siglip")
+    for folder in (owner / "clip", owner / "siglip"):
+        (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3]}')
+        (folder / "onnx").mkdir()
+        for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "README.md", "onnx/model.onnx"):
+            (folder / name).write_bytes(b"large")
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """A hub with one good model and several that are refused."""
+    """A hub with one good model, two CLIPs, and several that are refused."""
     root = tmp_path_factory.mktemp("hub")
     made: dict[str, Callable[[Path], None]] = {
         "owner/tiny": with_more_than_is_needed,
@@ -166,6 +185,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     for name, change in made.items():
         shutil.copytree(root / "owner" / "original", root / name)
         change(root / name)
+    clips(root / "owner")
     hub = Hub(root, gated={"owner/gated"})
     server, thread = serve(hub)
     yield hub
@@ -181,12 +201,12 @@ class User:
     home: Path
     hub: str
 
-    def generate(self, model: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run `limner generate` for a model."""
+    def limner(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run `limner` with these arguments."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         settings = {"HF_ENDPOINT": self.hub, "HF_HOME": str(self.home / "hf"), "OMP_NUM_THREADS": "1", **environment}
         done = subprocess.run(
-            [*LIMNER, "generate", "A dog.", "--steps", "2", "--model", model, "--out", str(self.home / "pictures")],
+            [*LIMNER, *map(str, arguments)],
             env={**inherited, **settings},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -196,6 +216,11 @@ class User:
         )
         assert TOKEN not in done.stdout + done.stderr
         return done
+
+    def generate(self, model: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run `limner generate` for a model."""
+        out = self.home / "pictures"
+        return self.limner("generate", "A dog.", "--steps", 2, "--model", model, "--out", out, **environment)
 
     def draws(self, model: str, **environment: str) -> dict[str, object]:
         """The record of the picture that the model draws."""
@@ -213,9 +238,14 @@ class User:
         return done.stderr.strip().removeprefix("limner: ")
 
 
-def cached_files(user: User) -> set[str]:
-    """The files of `owner/tiny` in the user's cache."""
-    snapshot = user.home / "hf" / "hub" / "models--owner--tiny" / "snapshots" / COMMIT
+def snapshot_of(user: User, name: str) -> Path:
+    """Where the user's cache has the model `owner/name`."""
+    return user.home / "hf" / "hub" / f"models--owner--{name}" / "snapshots" / COMMIT
+
+
+def cached_files(user: User, name: str) -> set[str]:
+    """The files of `owner/name` in the user's cache."""
+    snapshot = snapshot_of(user, name)
     return {p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()}
 
 
@@ -235,7 +265,7 @@ def user(before: tuple[User, dict[str, object]], tmp_path: Path) -> User:
 
 def test_what_is_needed_is_fetched_and_no_more(before: tuple[User, dict[str, object]], hub: Hub) -> None:
     weights = "diffusion_pytorch_model.safetensors"
-    assert cached_files(before[0]) == {
+    assert cached_files(before[0], "tiny") == {
         "model_index.json",
         "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json",
@@ -298,3 +328,48 @@ def test_without_the_hub_what_is_not_cached_is_refused(user: User) -> None:
     sentence = User(user.home, "http://127.0.0.1:9").is_refused("owner/unknown")
     assert "can't be reached" in sentence
     assert "the local cache holds owner/tiny" in sentence
+
+
+# ---- a CLIP of its own
+
+TOKENIZERS = {"clip": {"tokenizer.json"}, "siglip": {"spiece.model"}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of a few captioned shapes."""
+    folder = tmp_path_factory.mktemp("data")
+    values = {"kind": "imagefolder", "source": shapes(folder / "source", 24), "out": folder / "data", "workers": 1}
+    return prepare.run(resolve(PrepareConfig, values | {"val_share": 0.25}))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_clip_of_the_hub_is_trained_and_read_from_the_cache_ever_after(
+    hub: Hub, data: Path, tmp_path: Path, name: str
+) -> None:
+    user = User(tmp_path, hub.url)
+    (tmp_path / "smallest.json").write_text(json.dumps(SMALLEST[TrainClipConfig] | {"images": 8}))
+    asked = ("--model", f"owner/{name}", "--data", data, "--config", tmp_path / "smallest.json")
+    done = user.limner("train", "clip", *asked, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert cached_files(user, name) == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        *TOKENIZERS[name],
+    }
+    original = hub.root / "owner" / name
+    assert read_json(tmp_path / "run" / "manifest.json")["parents"]["model"] == loading.identity(str(original), "clip")
+    before, after = loading.load_clip(str(original)), loading.load_clip(str(tmp_path / "run"))
+    assert after.tokenize(CAPTIONS).equal(before.tokenize(CAPTIONS))
+    assert after.normalisation == before.normalisation
+    assert after.normalisation["image_mean"] == [0.5, 0.4, 0.3]
+
+    again = user.limner("train", "clip", *asked, "--out", tmp_path / "run", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert "Nothing to do" in again.stdout
+    (snapshot_of(user, name) / "model.safetensors").unlink()  # as if the fetch had broken off
+    broken = user.limner("train", "clip", *asked, "--out", tmp_path / "other", HF_HUB_OFFLINE="1")
+    assert broken.returncode == 2
+    assert "it is not whole in the local cache (the local cache holds no model)" in broken.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
 import limner as package
-from limner.artifacts import read_json, sha256, sha256_folder
-from limner.config import AssembleConfig
+from limner.artifacts import identity, read_json, sha256, sha256_folder
+from limner.config import AssembleConfig, TrainClipConfig
 from limner.errors import ConfigError, ModelError, UserError
-from limner.models import loading
+from limner.evaluation.mixing import mixed
+from limner.evaluation.plots import grid
+from limner.models import gate, loading
 from limner.settings import resolve
-from limner.stages import assemble
-from tiny import tiny_clip, tiny_model, tiny_tokenizer
-from trainings import SIDE
+from limner.stages import assemble, train_clip
+from tiny import tiny_clip, tiny_model, tiny_scheduler, tiny_tokenizer, tiny_unet
+from trainings import SIDE, config
 
 PROMPT = "A red circle on a blue ground."
 
@@ -53,6 +57,14 @@ def refused(config: AssembleConfig, error: type[UserError], match: str) -> None:
             call(config)
         assert "\n" not in str(caught.value)
     assert sha256_folder(config.out.parent) == before
+
+
+def swap_tokens(folder: Path) -> None:
+    """Give two entries of a tokenizer each other's numbers."""
+    tokenizer = read_json(folder / "tokenizer.json")
+    entries = tokenizer["model"]["vocab"]
+    entries["a"], entries["b"] = entries["b"], entries["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def draw(pipeline: Any) -> np.ndarray[Any, Any]:
@@ -138,6 +150,8 @@ def test_manifest_and_card_say_what_it_is_made_of(model: Path, parts: dict[str, 
     card = (model / "MODEL_CARD.md").read_text()
     assert all(sha256(file) in card for file in model.rglob("*.safetensors"))
     assert all(f"| {name} | 32 | 0 |" in card for name in ("CLIP", "VAE", "U-Net"))
+    assert "| on test pictures | tuned |" in card
+    assert "grid.png" not in card  # a new CLIP has no before
 
 
 def test_defaults_and_own_words_are_taken(parts: dict[str, str], tmp_path: Path) -> None:
@@ -157,6 +171,137 @@ def test_parts_of_other_models_have_no_training(parts: dict[str, str], tmp_path:
     assert not (out / "clip").exists()
     assert "## Trainings" not in (out / "MODEL_CARD.md").read_text()
     assert draw(DiffusionPipeline.from_pretrained(out)).std() > 0
+
+
+# ---- before and after tuning
+
+
+STEPS = 2  # for a grid
+
+
+def tuned(data: Path, clip: Path, out: Path, **values: Any) -> str:
+    """A run of `train clip` that begins with another's result."""
+    return str(train_clip.run(config(TrainClipConfig, data, out, model=str(clip), lr=1e-2, **values)))
+
+
+@pytest.fixture(scope="module")
+def plain(parts: dict[str, str], stages: Path) -> Path:
+    """A model of the CLIP as it was before, drawn in few steps."""
+    return assemble.run(settings(parts, stages / "plain", steps=STEPS))
+
+
+def drawn_by(folder: Path) -> torch.Tensor:
+    """What a whole model draws of the grid's captions -> pixels (N, 3, H, W)."""
+    model = package.load(str(folder))
+    images = [model(caption, seed=seed).images[0] for seed, caption in enumerate(assemble.CAPTIONS)]
+    return torch.stack([torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1) for image in images])
+
+
+def shows(picture: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """The grid has what each model by itself draws, in this order, under these names."""
+    columns = {label: drawn_by(folder) for label, folder in models.items()}
+    assert len({pixels.numpy().tobytes() for pixels in columns.values()}) == len(columns)  # or a mistake wouldn't show
+    grid(columns, assemble.CAPTIONS, tmp_path / "expected.png")
+    with Image.open(picture) as one, Image.open(tmp_path / "expected.png") as other:
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_a_tuned_clip_is_shown_beside_the_one_it_began_with(
+    data: Path, parts: dict[str, str], plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tuned(data, Path(parts["clip"]), tmp_path / "tuned")
+    capsys.readouterr()
+    out = assemble.run(settings({**parts, "clip": run}, tmp_path / "m", steps=STEPS))
+    assert capsys.readouterr().out == f"{out}\n"
+    shows(out / "grid.png", {"base": plain, "tuned": out}, tmp_path)
+    capsys.readouterr()
+    assemble.run(settings({**parts, "clip": run}, out, steps=STEPS))
+    assert capsys.readouterr().out == f"Nothing to do: {out} holds this model.\n"
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "(grid.png)" in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| text_to_image_r@1 |"))
+    found = read_json(Path(run) / "retrieval.json")["splits"]["test"]
+    assert "| on test pictures | base | tuned |" in card
+    assert row.split("|")[2].strip().split(" ")[0] == f"{found['base']['text_to_image_r@1']['value']:.4g}"
+    assert not (
+        assemble.run(settings({**parts, "clip": run}, tmp_path / "n", steps=STEPS, grid=False)) / "grid.png"
+    ).exists()
+    assert "grid.png" not in (tmp_path / "n" / "MODEL_CARD.md").read_text()
+    for name in ("unet", "clip", "vae", "text_encoder"):
+        assert sha256_folder(tmp_path / "n" / name) == sha256_folder(out / name)
+
+
+def test_of_a_swept_run_base_tuned_and_mix_are_shown(
+    data: Path, parts: dict[str, str], plain: Path, tmp_path: Path
+) -> None:
+    run = Path(tuned(data, Path(parts["clip"]), tmp_path / "swept", sweep_alpha=True, min_cosine=-1))
+    report = read_json(run / "retrieval.json")
+    if report["alpha"]["chosen"] in (0, 1):  # which shows less; what a sweep chooses is not tested here
+        mix = mixed(loading.load_clip(parts["clip"]), loading.load_clip(str(run / "model" / "tuned")), 0.5)
+        mix.save(run / "model" / "clip")
+        report["alpha"]["chosen"], report["clip"] = 0.5, loading.identity(str(run), "clip")
+        (run / "retrieval.json").write_text(json.dumps(report))
+    out = assemble.run(settings({**parts, "clip": str(run)}, tmp_path / "m", steps=STEPS))
+    whole = assemble.run(settings({**parts, "clip": str(run / "model" / "tuned")}, tmp_path / "whole", steps=STEPS))
+    assert not (whole / "grid.png").exists()
+    label = f"alpha {report['alpha']['chosen']:g}"
+    shows(out / "grid.png", {"base": plain, "tuned": whole, label: out}, tmp_path)
+    assert f"| base | tuned | {label} |" in (out / "MODEL_CARD.md").read_text()
+
+
+def test_an_adapter_becomes_part_of_the_unet(data: Path, parts: dict[str, str], plain: Path, tmp_path: Path) -> None:
+    run = Path(tuned(data, Path(parts["clip"]), tmp_path / "adapted", tune="adapter"))
+    out = assemble.run(settings({**parts, "clip": str(run)}, tmp_path / "m", steps=STEPS))
+    weight = load_file(run / "model" / "adapter" / "adapter.safetensors")["weight"]
+    before, after = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (plain, out))
+    for name in before:
+        reads = name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+        assert torch.allclose(after[name], before[name] @ weight if reads else before[name], atol=1e-6)
+    assert not torch.allclose(weight, torch.eye(16))
+    assert sha256_folder(out / "text_encoder") == sha256_folder(plain / "text_encoder")
+    assert draw(DiffusionPipeline.from_pretrained(out)).std() > 0
+    shows(out / "grid.png", {"base": plain, "tuned": out}, tmp_path)
+    adapter = identity(run / "model" / "adapter")
+    assert read_json(out / "manifest.json")["parents"]["adapter"] == adapter
+    assert "linear adapter" in (out / "MODEL_CARD.md").read_text()
+    again = assemble.run(settings({**parts, "unet": str(out)}, tmp_path / "again", steps=STEPS))
+    assert read_json(again / "manifest.json")["parents"]["adapter"] == adapter
+    match = "has an adapter in it already, and .*adapted brings another; name the U-Net as it was before"
+    refused(settings({**parts, "clip": str(run), "unet": str(again)}, tmp_path / "n", steps=STEPS), ModelError, match)
+
+
+def test_without_the_clip_of_before_there_is_no_grid_and_the_reason(
+    data: Path, parts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(parts["clip"], base)
+    run = tuned(data, base, tmp_path / "tuned")
+
+    def reason(name: str) -> str:
+        capsys.readouterr()
+        out = assemble.run(settings({**parts, "clip": run}, tmp_path / name, steps=STEPS))
+        assert not (out / "grid.png").exists()
+        assert "grid.png" not in (out / "MODEL_CARD.md").read_text()
+        told, path, end = capsys.readouterr().out.split("\n")
+        assert (path, end) == (str(out), "")
+        return told
+
+    swap_tokens(base / "model" / "clip")  # behind the same weights
+    assert reason("a").startswith(f"There is no grid.png: The text encoder of {base} is not what the U-Net of ")
+    file = base / "model" / "clip" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert reason("b") == f"There is no grid.png: {base} is not the CLIP any more that {run} began with."
+    shutil.rmtree(base)
+    assert reason("c").startswith(f"There is no grid.png: There is no model folder {base}; ")
+
+
+def test_figures_of_another_clip_are_not_told(clip: Path, parts: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(clip, tmp_path / "clip")
+    report = read_json(clip / "retrieval.json")
+    (tmp_path / "clip" / "retrieval.json").write_text(json.dumps({**report, "clip": "0" * 64}))
+    out = assemble.run(settings({**parts, "clip": str(tmp_path / "clip")}, tmp_path / "m", steps=STEPS))
+    assert "retrieval" not in read_json(out / "manifest.json")
+    assert "text_to_image_r@1 |" not in (out / "MODEL_CARD.md").read_text()
 
 
 # ---- the same again
@@ -187,9 +332,10 @@ def test_a_plan_writes_nothing(parts: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_parts_that_do_not_fit_are_named(parts: dict[str, str], tmp_path: Path) -> None:
-    other = tmp_path / "sd"
-    tiny_model(other)
-    match = "the text encoder's width 16 against the U-Net's cross_attention_dim 32"
+    other = tiny_model(tmp_path / "sd")
+    match = (
+        r"The text encoder of .*clip is not what the U-Net of .*sd was .* \(width 16 against 32, .*\); take or tune "
+    )
     refused(settings({**parts, "unet": str(other)}, tmp_path / "m"), ModelError, match)
     clip = tmp_path / "clip"
     tiny_clip().save_pretrained(clip)
@@ -199,8 +345,27 @@ def test_parts_that_do_not_fit_are_named(parts: dict[str, str], tmp_path: Path) 
     config["text_config"]["vocab_size"] = 601
     torch.manual_seed(0)
     CLIPModel(CLIPModel.config_class.from_dict(config)).save_pretrained(clip)
-    match = "width 32 .*, the tokenizer's entries 600 against the text encoder's vocab_size 601; take parts"
-    refused(settings({**parts, "clip": str(clip)}, tmp_path / "m"), ModelError, match)
+    unet = tmp_path / "unet"  # which tells its width alone
+    tiny_unet(in_channels=3).save_pretrained(unet / "unet")
+    tiny_scheduler().save_pretrained(unet / "scheduler")
+    match = (
+        "the VAE's latent channels 4 against the U-Net's in_channels 3, "
+        "the tokenizer's entries 600 against the text encoder's vocab_size 601; take parts"
+    )
+    refused(settings({"vae": str(other), "clip": str(clip), "unet": str(unet)}, tmp_path / "m"), ModelError, match)
+
+
+def test_a_unet_run_wants_the_clip_that_its_latents_were_encoded_with(
+    parts: dict[str, str], latents: Path, clip: Path, tmp_path: Path
+) -> None:
+    text = read_json(Path(parts["unet"]) / "manifest.json")["text"]
+    assert text == read_json(latents / "manifest.json")["text"]
+    assert (text["width"], text["layers"], text["positions"]) == (16, 1, 77)
+    assert gate.wanted(parts["unet"]) == gate.TextFacts(**text)
+    shutil.copytree(clip, tmp_path / "clip")
+    swap_tokens(tmp_path / "clip" / "model" / "clip")
+    match = r"\(other tokens under the same numbers\); take or tune the CLIP that the U-Net was trained with\.$"
+    refused(settings({**parts, "clip": str(tmp_path / "clip")}, tmp_path / "m"), ModelError, match)
 
 
 @pytest.mark.parametrize("role", ["clip", "vae", "unet"])

@@ -18,7 +18,6 @@ from limner.data.dataset import read_split
 from limner.data.latents import LatentCache
 from limner.data.pictures import load_pixels
 from limner.errors import ConfigError, DataError, ModelError, RunError, UserError
-from limner.models import clip as clips
 from limner.models import loading
 from limner.models import vae as vaes
 from limner.stages import encode
@@ -64,16 +63,16 @@ def test_moments_are_those_of_the_vae(latents: Path, data: Path, vae: Path) -> N
 
 @torch.no_grad()
 def test_token_states_are_those_of_plain_transformers(latents: Path, data: Path, clip: Path) -> None:
-    model, tokenizer = loading.load_clip(str(clip))
+    model = loading.load_clip(str(clip))
+    tower = model.network.text_model
     for split in encode.ENCODED:
         cache, records = LatentCache(latents, split), read_split(data, split)
         assert cache.captions == [list(record.captions) for record in records]
         for index, record in enumerate(records):
             for number, caption in enumerate(record.captions):
-                ids = clips.tokenize(tokenizer, caption)[None]
-                wanted = model.text_model(input_ids=ids).last_hidden_state[0]
+                wanted = tower(input_ids=model.tokenize([caption])).last_hidden_state[0]
                 assert_close(cache.states(index, number), wanted, rtol=2e-3, atol=5e-3)
-        empty = model.text_model(input_ids=clips.tokenize(tokenizer, "")[None]).last_hidden_state[0]
+        empty = tower(input_ids=model.tokenize([""])).last_hidden_state[0]
         assert_close(cache.states(0, None), empty, rtol=2e-3, atol=5e-3)
 
 

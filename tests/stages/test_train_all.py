@@ -129,6 +129,37 @@ def test_a_finished_run_goes_on_when_images_is_raised(training: Training, tmp_pa
     assert [line["images"] for line in lines if "loss" in line] == [8, 16, 24], "nothing is trained on twice"
 
 
+def test_the_result_can_be_the_best_and_patience_ends_a_training(training: Training, tmp_path: Path) -> None:
+    """At such a learning rate whatever is learned is soon lost again."""
+    given = {"images": 400, "lr": 0.3, "ema_halflife": 0, "validate_every": 8, "result": "best", "patience": 2}
+    run = training.run(training.config(tmp_path / "r", **given))
+    manifest = read_json(run / "manifest.json")
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    losses = {line["images"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    assert manifest["stopped_early"]
+    assert manifest["images"] == max(losses) == min(losses, key=losses.__getitem__) + 16
+    assert manifest["validation"]["loss"] == min(losses.values())
+    assert {p.name for p in (run / "model").iterdir()} == PARTS[training.name]
+
+
+@pytest.mark.parametrize("training", ["vae"], indirect=True)
+def test_auto_finds_numbers_and_the_run_is_that_with_them(
+    training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searching = {"auto": True, "batch_size": None, "lr": None}
+    out = tmp_path / "r"
+    run = training.run(training.config(out, **searching))
+    assert capsys.readouterr().out.startswith("auto found batch_size ")
+    stored = read_json(run / "config.json")
+    assert (stored["auto"], stored["batch_size"]) in ((False, 8), (False, 16))
+    assert 1e-5 < stored["lr"] < 3e-2
+    given = training.config(tmp_path / "given", batch_size=stored["batch_size"], lr=stored["lr"])
+    assert weights(training.run(given)) == weights(run)
+    capsys.readouterr()
+    training.run(training.config(out, **searching))
+    assert "auto found" not in capsys.readouterr().out
+
+
 def test_bf16_trains_too(training: Training, tmp_path: Path) -> None:
     run = training.run(training.config(tmp_path / "r", precision="bf16"))
     assert read_json(run / "manifest.json")["validation"]["loss"] == pytest.approx(

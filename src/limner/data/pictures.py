@@ -42,6 +42,18 @@ def load_crop(path: Path, size: int, rng: np.random.Generator, *, min_scale: flo
     return pixels.flip(-1) if flip and rng.random() < 0.5 else pixels
 
 
+def jitter(pixels: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
+    """Brightness, contrast and saturation changed by up to `strength`, a share, each.
+
+    (3, H, W) in [-1, 1] -> the same.
+    """
+    brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
+    unit = (pixels * 0.5 + 0.5) * brightness
+    unit = unit.mean() + contrast * (unit - unit.mean())
+    grey = unit.mean(dim=0, keepdim=True)
+    return ((grey + saturation * (unit - grey)).clamp(0, 1)) * 2 - 1
+
+
 def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")

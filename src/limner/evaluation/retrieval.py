@@ -1,27 +1,113 @@
-"""Recall@k of captions and pictures in a common space."""
+"""How well captions and pictures find each other in a common space."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+KS = (1, 5, 10)
 
-def recall(text: Tensor, images: Tensor, owners: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall@k both ways, as CLIP_benchmark defines it.
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many wrong answers lie before the right one, for each of M captions and N pictures."""
+
+    text: Tensor
+    """(M,): pictures that are as near to a caption as its own, or nearer."""
+    images: Tensor
+    """(N,): captions of others that are as near to a picture as the nearest of its own, or nearer."""
+    owners: Tensor
+    """(M,): the picture that each caption belongs to."""
+
+    @property
+    def captioned(self) -> Tensor:
+        """Numbers of the pictures that have a caption; the others can't find one -> (C,)."""
+        return self.owners.unique()
+
+
+def ranks(text: Tensor, images: Tensor, owners: Tensor, block: int = 4096) -> Ranks:
+    """Rank all pictures for each caption and all captions for each picture. Ties count against; NaN finds nothing.
 
     text (M, E) and images (N, E) features of unit length; owners (M,), the picture that each caption belongs to.
-    text_to_image_r@k: share of captions whose picture is among their k nearest; image_to_text_r@k: share of pictures
-    of which any caption is among their k nearest. Ties count against.
+    At most `block` captions by `block` pictures are compared at once.
     """
-    similarity = (text @ images.T).nan_to_num(nan=-torch.inf)  # (M, N)
-    own = similarity.gather(1, owners[:, None])  # (M, 1)
-    text_rank = (similarity >= own).sum(dim=1) - 1  # (M,): how many pictures are as near or nearer
-    best = torch.full((len(images),), -torch.inf).scatter_reduce(0, owners, own[:, 0], "amax")  # (N,)
-    foreign = torch.ones_like(similarity, dtype=torch.bool).scatter(1, owners[:, None], value=False)
-    image_rank = ((similarity >= best) & foreign).sum(dim=0)  # (N,)
+    own = torch.cat(
+        [_similarity(t[:, None], images[o, :, None]) for t, o in zip(text.split(block), owners.split(block))]
+    )
+    own = own[:, 0, 0]  # (M,)
+    best = torch.full((len(images),), -torch.inf).scatter_reduce(0, owners, own, "amax")  # (N,)
+    text_ranks, image_ranks = torch.zeros_like(owners), torch.zeros(len(images), dtype=torch.long)
+    for rows in torch.arange(len(text)).split(block):
+        for columns in torch.arange(len(images)).split(block):
+            similarity = _similarity(text[rows], images[columns].T)  # (block, block)
+            wrong = owners[rows, None] != columns
+            text_ranks[rows] += ((similarity >= own[rows, None]) & wrong).sum(dim=1)
+            image_ranks[columns] += ((similarity >= best[columns]) & wrong).sum(dim=0)
+    return Ranks(text_ranks, image_ranks, owners)
+
+
+def _similarity(text: Tensor, images: Tensor) -> Tensor:
+    """The matrix product, the same to the last bit in blocks of any size, so that equal features always tie."""
+    # float32 sums differ with the shape of the matrices; float64 sums don't once they are rounded to float32
+    return (text.double() @ images.double()).float().nan_to_num(nan=-torch.inf)
+
+
+def recall(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Recall@k both ways, as CLIP_benchmark defines it, and the median rank.
+
+    text_to_image_r@k: share of captions whose picture is among their k nearest; image_to_text_r@k: share of pictures
+    of which any caption is among their k nearest; `..._median_rank` counts from 1. Pictures without a caption don't
+    count.
+    """
+    ways = {"text_to_image": ranks.text, "image_to_text": ranks.images[ranks.captioned]}
     return {
-        **{f"text_to_image_r@{k}": (text_rank < k).double().mean().item() for k in ks},
-        **{f"image_to_text_r@{k}": (image_rank < k).double().mean().item() for k in ks},
+        **{f"{way}_r@{k}": (rank < k).double().mean().item() for way, rank in ways.items() for k in ks},
+        **{f"{way}_median_rank": float(np.median(rank.numpy())) + 1 for way, rank in ways.items()},
+    }
+
+
+def intervals(
+    ranks: Ranks, ks: Sequence[int] = KS, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Bootstrap confidence intervals of the recalls that `recall` names (Efron and Tibshirani 1993, chapter 13).
+
+    Pictures are drawn with all their captions, since the captions of one picture are not independent. Only queries
+    are drawn: what they are compared with stays as it is. -> the lower and upper end by name.
+    """
+    captioned, picture = ranks.owners.unique(return_inverse=True)  # (C,), (M,)
+    limits, count = torch.tensor(ks), len(captioned)
+    hits = (ranks.text[:, None] < limits).double()  # (M, K)
+    text_hits = torch.zeros(count, len(ks), dtype=torch.double).index_add(0, picture, hits)  # (C, K)
+    image_hits = (ranks.images[captioned, None] < limits).double()  # (C, K)
+    rows = torch.cat([text_hits, image_hits, picture.bincount()[:, None]], dim=1)  # (C, 2K + 1): what a picture adds
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(count, (count,), generator=generator) for _ in range(resamples))
+    sums = torch.stack([rows[draw].sum(dim=0) for draw in draws])  # (R, 2K + 1)
+    text_recall, image_recall = sums[:, : len(ks)] / sums[:, -1:], sums[:, len(ks) : -1] / count
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
+    low, high = torch.cat([text_recall, image_recall], dim=1).quantile(ends, dim=0).tolist()
+    names = [f"{way}_r@{k}" for way in ("text_to_image", "image_to_text") for k in ks]
+    return dict(zip(names, zip(low, high)))
+
+
+def mean_recall(found: Ranks) -> dict[str, float]:
+    """Mean of the six recalls, "value", and its "standard_error", as if other pictures had been drawn.
+
+    A picture comes with all its captions, whose number varies, so that recall of captions is a ratio of two sums; the
+    error is that of its linear part (infinitesimal jackknife; Efron, The Jackknife, the Bootstrap and Other Resampling
+    Plans, 1982, chapter 6), to which resampling the pictures comes close.
+    """
+    captioned, picture = found.owners.unique(return_inverse=True)  # (C,), (M,)
+    limits, count = torch.tensor(KS), len(captioned)
+    text = (found.text[:, None] < limits).double().mean(dim=1)  # (M,)
+    images = (found.images[captioned, None] < limits).double().mean(dim=1)  # (C,)
+    above = torch.zeros(count, dtype=torch.double).index_add(0, picture, text - text.mean())  # (C,)
+    pull = (above * count / len(text) + images - images.mean()) / 2  # (C,)
+    return {
+        "value": ((text.mean() + images.mean()) / 2).item(),
+        "standard_error": (pull.norm() / count).item(),
     }

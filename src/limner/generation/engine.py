@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from limner.errors import ConfigError
+from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
+from limner.models import vae as vaes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,6 +116,78 @@ def denoise(
             of = len(scheduler.timesteps)
             on_step(steps * (i + 1) // of - steps * i // of)
     return latents
+
+
+@torch.no_grad()
+def draw(
+    unet: Any,
+    scheduler: Any,
+    vae: Any,
+    states: Tensor,
+    *,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    steps: int,
+    guidance: float,
+    negative_states: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """From noise of `shape` (C, h, w), one seed a picture, to pixels -> (N, 3, H, W), about [-1, 1].
+
+    states (N, L, D) and the other arguments as `denoise` takes them. Raises ConfigError as `denoise` does, and
+    ModelError where the numbers of the U-Net have no bound.
+    """
+    sources = generators(seeds)
+    latents = denoise(
+        unet,
+        scheduler,
+        initial_noise(sources, shape).to(states.device),
+        states,
+        steps=steps,
+        guidance=guidance,
+        negative_states=negative_states,
+        generators=sources,
+        on_step=on_step,
+    )  # (N, C, h, w)
+    if not latents.isfinite().all():
+        raise ModelError("The model's numbers grew beyond all bounds; take more steps or less guidance.")
+    return vaes.decode(vae, latents)
+
+
+def paint(
+    unet: Any,
+    scheduler: Any,
+    vae: Any,
+    text_encoder: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+) -> Tensor:
+    """One picture a prompt and seed, of the size that the U-Net was trained for -> pixels (N, 3, H, W) in [-1, 1].
+
+    Each is drawn alone, so that those beside it change none of its bits. Raises ConfigError and ModelError as `draw`.
+    """
+    size = unet.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    pictures = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        negative_states, states = encode_prompts(text_encoder, tokenizer, ["", prompt]).chunk(2)  # (1, L, D) each
+        pixels = draw(
+            unet,
+            scheduler,
+            vae,
+            states,
+            seeds=[seed],
+            shape=(unet.config["in_channels"], height, width),
+            steps=steps,
+            guidance=guidance,
+            negative_states=negative_states,
+        )  # (1, 3, H, W)
+        pictures.append(pixels.clamp(-1, 1))
+    return torch.cat(pictures)
 
 
 def to_images(pixels: Tensor) -> list[Image]:

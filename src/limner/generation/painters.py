@@ -14,18 +14,9 @@ from torch import Tensor
 
 from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
-from limner.generation.engine import (
-    OnStep,
-    denoise,
-    embeds_guidance,
-    encode_prompts,
-    generators,
-    initial_noise,
-    to_images,
-)
+from limner.generation.engine import OnStep, draw, embeds_guidance, encode_prompts, to_images
 from limner.generation.jobs import GUIDANCE, STEPS, Job, Spec
 from limner.models import hub, loading
-from limner.models import vae as vaes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,28 +74,23 @@ class LatentDiffusion:
                 yield from images
 
     def _draw(self, jobs: Sequence[Job], on_step: OnStep | None) -> list[Image]:
-        """The algorithm, for jobs of one shape."""
+        """Pictures of jobs of one shape."""
         first = jobs[0]
         assert first.steps is not None
         assert first.guidance is not None
         states, negative_states = self._states(jobs)  # (N, L, D) each
-        sources = generators([job.seed for job in jobs])
-        noise = initial_noise(sources, self._latent_shape(first)).to(self.device)  # (N, C, h, w)
-        latents = denoise(
+        pixels = draw(
             self.unet,
             self.scheduler,
-            noise,
+            self.vae,
             states,
+            seeds=[job.seed for job in jobs],
+            shape=self._latent_shape(first),
             steps=first.steps,
             guidance=first.guidance,
             negative_states=negative_states,
-            generators=sources,
             on_step=on_step and (lambda done: on_step(done * len(jobs))),
-        )
-        if not latents.isfinite().all():
-            raise ModelError("The model's numbers grew beyond all bounds; take more steps or less guidance.")
-        with torch.no_grad():
-            pixels = vaes.decode(self.vae, latents)  # (N, 3, H, W)
+        )  # (N, 3, H, W)
         return to_images(pixels)
 
     def _states(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None]:

@@ -1,24 +1,108 @@
-"""CLIP: a new one with its tokenizer, how it wants its pixels, and its features."""
+"""CLIP and SigLIP: a new one with its tokenizer, and how any of them reads captions and pixels."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from limner.config import TrainClipConfig
 from limner.errors import ConfigError
-from limner.models import loading
 
 LENGTH = 77  # tokens that CLIP's text tower reads, as everything that uses one expects
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 PREPROCESSOR = "preprocessor_config.json"
 OPENAI = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-"""How OpenAI's CLIP wants its pixels; what a folder without `preprocessor_config.json` means."""
+"""How OpenAI's CLIP wants its pixels; what a CLIP that doesn't say means."""
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+"""How a new CLIP wants its pixels; what a SigLIP that doesn't say means."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIPModel or SiglipModel with all that it needs to read captions and pixels."""
+
+    network: Any
+    tokenizer: Any
+    normalisation: dict[str, list[float]]
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it, so that padding behind the end changes nothing; not in SigLIP."""
+        return bool(self.network.config.model_type == "clip")
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures that the image tower reads, in pixels."""
+        return int(self.network.config.vision_config.image_size)
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids of captions, cut and padded to what the text tower reads -> (N, L)."""
+        room = self.network.config.text_config.max_position_embeddings
+        ids: Tensor = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=min(self.tokenizer.model_max_length, room),
+            return_tensors="pt",
+        )["input_ids"]
+        return ids
+
+    def trimmed(self, ids: Tensor) -> Tensor:
+        """Ids (N, L) without the padding that all share, where it changes no feature -> (N, the longest text's)."""
+        return ids[:, : int(self.mask(ids).sum(dim=1).max())]
+
+    def text_features(self, ids: Tensor) -> Tensor:
+        """Features of unit length of token ids (N, L) -> (N, E)."""
+        return normalize(self.network.get_text_features(self.trimmed(ids)).pooler_output.float(), dim=1)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Features of unit length of pixels (N, 3, size, size) in [-1, 1] -> (N, E)."""
+        values = normalised(pixels, self.normalisation)
+        return normalize(self.network.get_image_features(values).pooler_output.float(), dim=1)
+
+    def token_states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What a U-Net may read of token ids; see the function of this name."""
+        return token_states(self.network.text_model, ids)
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """Which of the token ids (N, L) are the text, with its begin and end -> (N, L) bool; all of them in SigLIP."""
+        if not self.causal:
+            return torch.ones_like(ids, dtype=torch.bool)
+        ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)  # (N,)
+        return torch.arange(ids.shape[1], device=ids.device) <= ends[:, None]
+
+    def save(self, folder: Path) -> None:
+        """Write what Transformers reads: both towers, the tokenizer and the preprocessor."""
+        self.network.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        kind = "CLIPImageProcessor" if self.causal else "SiglipImageProcessor"
+        crop = {"do_center_crop": True, "crop_size": {"height": self.size, "width": self.size}} if self.causal else {}
+        preprocessor = {
+            "image_processor_type": kind,
+            "do_resize": True,
+            "size": {"shortest_edge": self.size} if self.causal else {"height": self.size, "width": self.size},
+            **crop,
+            "resample": 3,  # PIL's bicubic
+            "do_normalize": True,
+            **self.normalisation,
+        }
+        (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+
+
+def token_states(text_model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What a U-Net may read of token ids (N, L): the last layer, final norm included, and the layer before it.
+
+    -> two of (N, L, D). SD 1.x reads the first, SDXL the second.
+    """
+    out = text_model(input_ids=ids, output_hidden_states=True)
+    return out.last_hidden_state, out.hidden_states[-2]
 
 
 def new_tokenizer(captions: Iterable[str], size: int) -> Any:
@@ -49,11 +133,12 @@ def new_tokenizer(captions: Iterable[str], size: int) -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
 
 
-def new(config: TrainClipConfig, tokenizer: Any) -> Any:
-    """An untrained CLIPModel for a tokenizer, of the sizes that `config` sets."""
+def new(config: TrainClipConfig, captions: Iterable[str]) -> Clip:
+    """An untrained CLIP of the sizes that `config` sets, with a tokenizer for these captions. Raises ConfigError."""
     from transformers.models.clip.configuration_clip import CLIPConfig
     from transformers.models.clip.modeling_clip import CLIPModel
 
+    tokenizer = new_tokenizer(captions, config.vocabulary)
     tower = {
         "hidden_size": config.width,
         "intermediate_size": 4 * config.width,
@@ -61,65 +146,25 @@ def new(config: TrainClipConfig, tokenizer: Any) -> Any:
         "num_attention_heads": config.heads,
         "projection_dim": config.features,
     }
-    text = {
-        **tower,
+    vision = {**tower, "image_size": config.size, "patch_size": config.patch}
+    settings = CLIPConfig(
+        text_config=tower | text_settings(tokenizer), vision_config=vision, projection_dim=config.features
+    )
+    return Clip(CLIPModel(settings), tokenizer, HALF)
+
+
+def text_settings(tokenizer: Any) -> dict[str, int]:
+    """What the configuration of a text tower must take from its tokenizer."""
+    return {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": LENGTH,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {**tower, "image_size": config.size, "patch_size": config.patch}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.features))
 
 
-def save(clip: Any, tokenizer: Any, normalisation: dict[str, list[float]], folder: Path) -> None:
-    """Write a CLIP as Transformers reads it: both towers, the tokenizer and the preprocessor."""
-    clip.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    side = clip.config.vision_config.image_size
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "resample": 3,  # PIL's bicubic
-        "do_normalize": True,
-        **normalisation,
-    }
-    (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
-
-
-def read_normalisation(folder: Path) -> dict[str, list[float]]:
-    """`image_mean` and `image_std` of the CLIP in `folder`, for pixels in [0, 1]. Raises ModelError."""
-    file = folder / PREPROCESSOR
-    known = loading.read_config(file) if file.is_file() else {}
-    return {name: known.get(name, default) for name, default in OPENAI.items()}
-
-
-def normalise(pixels: Tensor, normalisation: dict[str, list[float]]) -> Tensor:
+def normalised(pixels: Tensor, normalisation: dict[str, list[float]]) -> Tensor:
     """Pixels in [-1, 1] as a CLIP wants them. (N, 3, H, W) -> (N, 3, H, W)."""
     mean, std = (torch.tensor(normalisation[name], device=pixels.device)[:, None, None] for name in OPENAI)
     return (pixels * 0.5 + 0.5 - mean) / std
-
-
-def tokenize(tokenizer: Any, caption: str) -> Tensor:
-    """Token ids of a caption, cut and padded to what the tokenizer's text tower reads -> (L,)."""
-    ids: Tensor = tokenizer(
-        caption,
-        padding="max_length",
-        truncation=True,
-        max_length=min(tokenizer.model_max_length, LENGTH),
-        return_tensors="pt",
-    )["input_ids"][0]
-    return ids
-
-
-def trimmed(ids: Tensor, end: int) -> Tensor:
-    """Ids without the padding that all share: attention is causal, so what follows the end token changes no feature.
-
-    ids (N, L) -> (N, the longest text's length).
-    """
-    length = (ids == end).int().argmax(dim=1).max() + 1
-    return ids[:, :length]

@@ -52,7 +52,7 @@ def fetch(ref: str) -> Path:
             wanted = choose(names, index)
             refuse_pickles(names, wanted, index, ref)
             folder = Path(snapshot_download(repo, revision=at, allow_patterns=[_escape(name) for name in wanted]))
-            if not _is_whole(folder, index):
+            if not all((folder / name).is_file() for name in wanted):
                 raise ConnectionError  # the client gives what it has when the hub falls silent
             return folder
     except ModelError as error:
@@ -169,12 +169,10 @@ def cached(ref: str) -> Path | None:
             return None
         if isinstance(found, str):
             index = json.loads(Path(found).read_text(encoding="utf-8")) if name == "model_index.json" else {}
-            return Path(found).parent if _is_whole(Path(found).parent, index) else None
+            folder = Path(found).parent
+            has_parts = all((folder / part).is_dir() for part in pipeline_parts(index))
+            return folder if has_parts and any(folder.rglob("*.safetensors")) else None
     return None
-
-
-def _is_whole(folder: Path, index: dict[str, Any]) -> bool:
-    return all((folder / part).is_dir() for part in pipeline_parts(index))
 
 
 def cached_models() -> list[str]:

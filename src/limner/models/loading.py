@@ -7,14 +7,17 @@ them out. Weights are read from safetensors only, and only as classes that are n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner import artifacts
 from limner.errors import ModelError
 from limner.models import hub
+from limner.models.clip import HALF, OPENAI, PREPROCESSOR, Clip
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +28,22 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "unet": ("UNet2DConditionModel",),
     "scheduler": (),
-    "clip": ("CLIPModel",),
+    "clip": ("CLIPModel", "SiglipModel"),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": (),
 }
 """The parts, and the classes that each may have; a scheduler may be any of Diffusers'."""
 
 NOUNS = {"vae": "VAE", "unet": "U-Net", "clip": "CLIP", "text_encoder": "text encoder"}
-MODEL_TYPES = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModel"}  # for a config without `architectures`
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+MODEL_TYPES = {"clip": "CLIPModel", "siglip": "SiglipModel", "clip_text_model": "CLIPTextModel"}
+"""The class that a config without `architectures` means."""
+
+TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "CLIPTokenizer": ("tokenizer.json", "vocab.json"),
+    "SiglipTokenizer": ("spiece.model",),
+    "Siglip2Tokenizer": ("tokenizer.json",),
+}
+"""The classes that a tokenizer may have, and the files of which each needs one."""
 
 
 def resolve(ref: str) -> Path:
@@ -83,8 +93,11 @@ def component(ref: str, name: str) -> Path:
     held = parts_in(root)
     if (root / "checkpoints").is_dir() and not held:
         raise ModelError(f"The run in {ref} has no result yet; finish it by running its command again.")
-    odd = [c for p in places if (c := class_of(p)) and CLASSES[name]]
-    what = f"its {noun} is of class {odd[0]}" if odd else f"it holds {', '.join(held) or 'no part of a model'}"
+    what = f"it holds {', '.join(held) or 'no part of a model'}"
+    if (c := class_of(root)) and not any(c in known for known in CLASSES.values()):
+        what = f"it is of class {c}"
+    elif odd := [c for place in places if (c := class_of(place)) and CLASSES[name]]:
+        what = f"its {noun} is of class {odd[0]}"
     raise ModelError(f"{ref} has no {noun} that Limner can use ({what}); name a run, folder or hub id with one.")
 
 
@@ -94,8 +107,9 @@ def class_of(folder: Path) -> str | None:
     if not file.is_file():
         return None
     config = read_config(file)
-    listed = config.get("architectures") or [MODEL_TYPES.get(config.get("model_type", ""))]
-    return config.get("_class_name") or listed[0]
+    listed = config.get("architectures")
+    named = config.get("_class_name") or (listed[0] if listed and isinstance(listed, list) else None)
+    return str(named) if named else MODEL_TYPES.get(str(config.get("model_type")))
 
 
 def fits(folder: Path, name: str) -> bool:
@@ -103,7 +117,7 @@ def fits(folder: Path, name: str) -> bool:
     if name == "scheduler":
         return (folder / "scheduler_config.json").is_file()
     if name == "tokenizer":
-        return any((folder / file).is_file() for file in TOKENIZER_FILES)
+        return any((folder / file).is_file() for files in TOKENIZERS.values() for file in files)
     return class_of(folder) in CLASSES[name]
 
 
@@ -165,14 +179,12 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def reading(what: str, folder: Path) -> Iterator[None]:
     """Turn what the libraries raise about a broken or unfitting folder into one sentence; quieten them meanwhile."""
-    from safetensors import SafetensorError
-
-    problems = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError)
     try:
         with quiet():
             yield
-    except problems as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    except Exception as error:  # some raise a bare Exception; nothing of ours runs in here
+        told = re.sub(r":\s*\n\s*", ": ", str(error)).strip()  # a line that ends in a colon says nothing yet
+        reason = told.split("\n")[0].rstrip(".") or type(error).__name__
         raise ModelError(f"The {what} in {folder} can't be read ({reason}); fetch or make it again.") from None
 
 
@@ -195,10 +207,16 @@ def _weights(cls: Any, what: str, folder: Path, dtype: torch.dtype | None) -> An
             variant=variant(names),
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they come to be named below
             output_loading_info=True,
         )
-    if missing := sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise ModelError(f"The {what} in {folder} lacks the weight {missing[0]}; fetch or make it again.")
+    for name, found, wanted in info["mismatched_keys"]:
+        raise ModelError(
+            f"The weight {name} of the {what} in {folder} is of shape {tuple(found)}, but its config.json says "
+            f"{tuple(wanted)}; fetch or make it again."
+        )
     return model.eval()
 
 
@@ -233,12 +251,37 @@ def load_scheduler(ref: str) -> Any:
 
 
 def load_tokenizer(ref: str) -> Any:
-    """The CLIPTokenizer of `ref`. Raises ModelError."""
-    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+    """The tokenizer of `ref`: a CLIPTokenizer, a SiglipTokenizer or, for SigLIP 2, a Siglip2Tokenizer.
 
+    Raises ModelError.
+    """
     folder = component(ref, "tokenizer")
+    name = _tokenizer_class(folder)
+    if not any((folder / file).is_file() for file in TOKENIZERS[name]):
+        raise ModelError(f"The {name} in {folder} lacks {' or '.join(TOKENIZERS[name])}; fetch or make it again.")
+    if name == "CLIPTokenizer":
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer as Tokenizer
+    elif name == "Siglip2Tokenizer":
+        from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer as Tokenizer
+    else:
+        if find_spec("sentencepiece") is None:
+            raise ModelError(f"The {name} in {folder} needs sentencepiece; install with: pip install 'limner[train]'.")
+        from transformers.models.siglip.tokenization_siglip import SiglipTokenizer as Tokenizer
     with reading("tokenizer", folder):
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return Tokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _tokenizer_class(folder: Path) -> str:
+    """Which of `TOKENIZERS` the tokenizer in `folder` is. Raises ModelError where it is another."""
+    file = folder / "tokenizer_config.json"
+    named = read_config(file).get("tokenizer_class") if file.is_file() else None
+    name = str(named or ("SiglipTokenizer" if (folder / "spiece.model").is_file() else "CLIPTokenizer"))
+    name = name.removesuffix("Fast")
+    if name == "GemmaTokenizer":  # what SigLIP 2 names, though it was trained on Gemma's tokens of lower-cased text
+        name = "Siglip2Tokenizer"
+    if name not in TOKENIZERS:
+        raise ModelError(f"The tokenizer in {folder} is of class {name}; choose a model with a CLIPTokenizer.")
+    return name
 
 
 def load_text_encoder(ref: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -251,16 +294,46 @@ def load_text_encoder(ref: str, dtype: torch.dtype | None = None) -> tuple[Any, 
     if _text_part(ref) == "text_encoder":
         encoder = _weights(CLIPTextModel, "text encoder", component(ref, "text_encoder"), dtype)
         return encoder, load_tokenizer(ref)
-    clip, tokenizer = load_clip(ref, dtype)
-    return clip.text_model, tokenizer
+    clip = load_clip(ref, dtype)
+    if not clip.causal:
+        raise ModelError(f"{ref} is a SigLIP, whose text tower no U-Net of Stable Diffusion reads; name a CLIP.")
+    return clip.network.text_model, clip.tokenizer
 
 
-def load_clip(ref: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """The CLIPModel, with both towers, and the CLIPTokenizer of `ref`. Raises ModelError."""
-    from transformers.models.clip.modeling_clip import CLIPModel
-
+def load_clip(ref: str, dtype: torch.dtype | None = None) -> Clip:
+    """The CLIPModel or SiglipModel of `ref`, with both towers, its tokenizer and normalisation. Raises ModelError."""
     folder = component(ref, "clip")
-    return _weights(CLIPModel, "CLIP", folder, dtype), load_tokenizer(str(folder))
+    if class_of(folder) == "SiglipModel":
+        from transformers.models.siglip.modeling_siglip import SiglipModel as Network
+    else:
+        from transformers.models.clip.modeling_clip import CLIPModel as Network
+    normalisation = read_normalisation(folder)
+    tokenizer = load_tokenizer(str(folder))
+    network = _weights(Network, "CLIP", folder, dtype)
+    entries, room = len(tokenizer), network.config.text_config.vocab_size
+    if entries > room:
+        raise ModelError(
+            f"The tokenizer in {folder} has {entries} entries, but its text tower reads {room}; fetch or make it again."
+        )
+    return Clip(network, tokenizer, normalisation)
+
+
+def read_normalisation(folder: Path) -> dict[str, list[float]]:
+    """`image_mean` and `image_std` that the CLIP in `folder` wants of pixels in [0, 1], three numbers each.
+
+    Raises ModelError.
+    """
+    known: dict[str, Any] = {}
+    for file in (folder / PREPROCESSOR, folder / "processor_config.json"):  # Transformers 5 nests all in the second
+        config = read_config(file) if file.is_file() else {}
+        nested = config.get("image_processor")
+        known |= nested if isinstance(nested, dict) else config
+    default = HALF if class_of(folder) == "SiglipModel" else OPENAI
+    normalisation = {name: known.get(name, values) for name, values in default.items()}
+    for name, values in normalisation.items():
+        if not (isinstance(values, list) and [isinstance(v, int | float) for v in values] == [True] * 3):
+            raise ModelError(f"The {name} of the CLIP in {folder} is not three numbers; fetch or make it again.")
+    return normalisation
 
 
 def identity(ref: str, name: str) -> str:

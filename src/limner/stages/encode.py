@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from limner.generation.engine import encode_prompts
 from limner.generation.prompts import length_of
 from limner.models import loading
 from limner.models import vae as vaes
+from limner.models.gate import TextFacts
 from limner.progress import progress
 
 ENCODED: tuple[Split, ...] = ("train", "val")  # test only reports
@@ -57,7 +58,9 @@ def run(config: EncodeConfig) -> Path:
         captions = [caption for record in records for caption in record.captions]
         _encode_captions(config, encoders, captions, cache / split / "states.npy", f"{split} captions")
     _encode_captions(config, encoders, [""], cache / "empty.npy", "empty prompt")
-    run.finish(started=started, pictures={split: len(records) for split, records in splits.items()})
+    text = TextFacts.of(encoders.text_encoder.config.to_dict(), encoders.tokenizer)
+    pictures = {split: len(records) for split, records in splits.items()}
+    run.finish(started=started, pictures=pictures, text=asdict(text))  # `assemble` asks what the U-Net was trained on
     print(cache)
     return run.folder
 

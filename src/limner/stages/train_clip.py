@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from limner.config import TrainClipConfig
-from limner.data.dataset import read_split, read_training_split, split_identity
-from limner.data.pictures import load_crop, load_pixels, may_flip
-from limner.errors import DataError
-from limner.evaluation.retrieval import recall
+from limner.data.dataset import Record, read_training_split, split_identity
+from limner.data.pictures import jitter, load_crop, may_flip
+from limner.errors import ConfigError, DataError
+from limner.evaluation.alignment import Judged, drawable, skipped, write_report
+from limner.evaluation.retrieval import mean_recall, recall
+from limner.evaluation.zeroshot import read_labelled
 from limner.models import clip as clips
 from limner.models import loading
+from limner.models.tuning import Tuning
+from limner.training.contrast import Towers, gathered
 from limner.training.loop import plan_training, run_training
-from limner.training.losses import contrastive
+from limner.training.losses import contrastive, sigmoid
 from limner.training.stream import Example, Stream
-
-MOST_SCALE = math.log(100)  # of the logarithm of the inverse temperature (Radford et al. 2103.00020, section 2.5)
 
 
 def run(config: TrainClipConfig) -> Path:
-    """Train, or go on where the run stopped. -> the run folder, with both towers in `model/clip`.
+    """Train, or go on where the run stopped, and report what was gained. -> the run folder, with `model/clip`.
 
     Raises DataError, ModelError, ConfigError or RunError in one sentence.
     """
-    return run_training(TrainClip, config)
+    folder = run_training(TrainClip, config)
+    if PartialState().is_main_process:  # the others have nothing left to wait for
+        write_report(folder, config)
+    return folder
 
 
 def plan(config: TrainClipConfig) -> dict[str, Any]:
     """What `run` would do; a few steps are timed, nothing is written."""
-    return plan_training(TrainClip, config)
+    facts = plan_training(TrainClip, config)
+    return {**facts, "skipped": f"{sum(skipped(config.data).values()):,} pictures without a caption"}
 
 
 class TrainClip:
@@ -44,62 +50,77 @@ class TrainClip:
         """Raises DataError, ModelError or ConfigError."""
         self.config = config
         self.train = read_training_split(config.data, captioned=True)
-        self.val = [record for record in read_split(config.data, "val") if record.captions]
-        if not self.val:
+        self.judged = Judged.of(config.data, "val")
+        if not self.judged.records:
             raise DataError(f"{config.data} has no captioned pictures in its val split; prepare it with some.")
+        if config.batch_size > len(self.train):
+            raise ConfigError(
+                f"batch_size {config.batch_size} is more than the {len(self.train)} captioned pictures of "
+                f"{config.data}; lower it, so that no batch has a picture twice."
+            )
+        if config.labelled is not None:
+            read_labelled(config.labelled)  # refused now, not after the training
         self.parents = {"data": split_identity(config.data, "train")}
         if config.model is None:
-            self.tokenizer = clips.new_tokenizer((c for r in self.train for c in r.captions), config.vocabulary)
-            self.network = clips.new(config, self.tokenizer)
-            self.normalisation = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+            self.clip = clips.new(config, (c for r in self.train for c in r.captions))
         else:
-            self.network, self.tokenizer = loading.load_clip(config.model)
-            self.normalisation = clips.read_normalisation(loading.component(config.model, "clip"))
+            self.clip = loading.load_clip(config.model)
             self.parents["model"] = loading.identity(config.model, "clip")
-        self.size = self.network.config.vision_config.image_size
-        self.stream = Stream(len(self.train), config.seed, self._example)
+        if config.unet is not None:
+            drawable(config.unet, self.clip)
+        self.towers = Towers(
+            self.clip,
+            chunk_size=config.chunk_size,
+            biased=config.loss == "sigmoid",
+            guarded=config.drift_weight > 0,
+        )
+        self.network: nn.Module = self.towers
+        self.tuning = Tuning(self.clip, config)
+        self.rates = {f"network.{name}": rate for name, rate in self.tuning.rates.items()}
+        self.stream = Stream(len(self.train), config.seed, self._example, multiple=config.batch_size)
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:
         record = self.train[index]
-        caption = record.captions[rng.integers(len(record.captions))]
+        caption = draw_caption(record, rng, self.config.join)
         flip = may_flip(caption)
-        pixels = load_crop(record.path, self.size, rng, min_scale=self.config.min_scale, flip=flip)
-        return {"pixels": pixels, "ids": clips.tokenize(self.tokenizer, caption), "owner": index}
+        pixels = load_crop(record.path, self.clip.size, rng, min_scale=self.config.min_scale, flip=flip)
+        if self.config.colour:
+            pixels = jitter(pixels, rng, self.config.colour)
+        return {"pixels": pixels, "ids": self.clip.tokenize([caption])[0], "owner": index}
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Symmetric InfoNCE over the batch."""
-        with torch.no_grad():
-            self.network.logit_scale.clamp_(max=MOST_SCALE)
-        out = network(
-            input_ids=clips.trimmed(batch["ids"], self.tokenizer.eos_token_id),
-            pixel_values=clips.normalise(batch["pixels"], self.normalisation),
-        )
-        scale = self.network.logit_scale.exp()
-        return contrastive(out.text_embeds.float(), out.image_embeds.float(), scale, batch["owner"]), {"scale": scale}
+        """The chosen loss over the batch of all processes, and the penalty for drift."""
+        self.towers.clamp()
+        text, images, moved, scale, bias = network(batch["ids"], batch["pixels"])
+        text, images, owners = (gathered(rows) for rows in (text, images, batch["owner"]))
+        with torch.autocast(text.device.type, enabled=False):  # bf16 has no digits for the differences of similarities
+            if self.config.loss == "sigmoid":
+                aligned = sigmoid(text, images, scale, bias, owners)
+            else:
+                aligned = contrastive(text, images, scale, owners)
+        figures = {"aligned": aligned, "scale": scale}
+        if not self.config.drift_weight:
+            return aligned, figures
+        drift = gathered(moved).mean()
+        return aligned + self.config.drift_weight * drift, figures | {"drift": drift}
 
     def validate(self, samples: Path) -> dict[str, float]:
         """Recall of val captions and pictures; `loss` is one minus the mean of the six recalls."""
         del samples
-        device = next(self.network.parameters()).device
-        captions = [caption for record in self.val for caption in record.captions]
-        owners = torch.tensor([i for i, record in enumerate(self.val) for _ in record.captions])
-        text, images = [], []
-        for start in range(0, len(captions), self.config.batch_size):
-            batch = captions[start : start + self.config.batch_size]
-            ids = torch.stack([clips.tokenize(self.tokenizer, caption) for caption in batch]).to(device)
-            text.append(self.network.get_text_features(clips.trimmed(ids, self.tokenizer.eos_token_id)).pooler_output)
-        for start in range(0, len(self.val), self.config.batch_size):
-            records = self.val[start : start + self.config.batch_size]
-            pixels = torch.stack([load_pixels(record.path, self.size) for record in records]).to(device)
-            values = clips.normalise(pixels, self.normalisation)
-            images.append(self.network.get_image_features(values).pooler_output)
-        text_features, image_features = (
-            nn.functional.normalize(torch.cat(parts).float(), dim=1).cpu() for parts in (text, images)
-        )
-        figures = recall(text_features, image_features, owners)
-        return {"loss": 1 - sum(figures.values()) / len(figures), **figures}
+        found = self.judged.ranks(self.clip)
+        return {"loss": 1 - mean_recall(found)["value"], **recall(found)}
 
     def save(self, folder: Path) -> None:
-        """Write `folder/clip`."""
+        """Write `folder/clip`, and what `Tuning.save` writes beside it."""
+        self.towers.clamp()
         with loading.quiet():
-            clips.save(self.network, self.tokenizer, self.normalisation, folder / "clip")
+            self.tuning.save(folder)
+
+
+def draw_caption(record: Record, rng: np.random.Generator, join: float) -> str:
+    """One of a picture's captions, or for a share `join` of the draws two or more of them in any order, joined."""
+    captions = record.captions
+    if len(captions) > 1 and rng.random() < join:
+        count = int(rng.integers(2, len(captions) + 1))
+        return " ".join(captions[i] for i in rng.permutation(len(captions))[:count])
+    return captions[rng.integers(len(captions))]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limner.artifacts import identity, read_json
+from limner.artifacts import identity, read_json, write_json
 from limner.config import EncodeConfig, TrainUnetConfig
 from limner.data.latents import LatentCache
 from limner.data.pictures import may_flip, save_grid
@@ -32,7 +32,12 @@ def run(config: TrainUnetConfig) -> Path:
 
     Raises DataError, ModelError, ConfigError or RunError in one sentence.
     """
-    return run_training(TrainUnet, config)
+    folder = run_training(TrainUnet, config)
+    # What text encoder the U-Net was trained on, which `assemble` asks
+    text, manifest = read_json(config.data / "manifest.json").get("text"), read_json(folder / "manifest.json")
+    if "finished" in manifest and manifest.get("text") != text:
+        write_json(folder / "manifest.json", {**manifest, "text": text})
+    return folder
 
 
 def plan(config: TrainUnetConfig) -> dict[str, Any]:
@@ -72,6 +77,7 @@ class TrainUnet:
             self._check_fit()
         self.objective = schedulers.objective_of(self.scheduler)
         self.betas = getattr(self.scheduler, "betas", None)
+        self.rates: dict[str, float] = {}
         self.stream = Stream(len(self.train), config.seed, self._example)
 
     def _check_fit(self) -> None:

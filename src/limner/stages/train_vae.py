@@ -72,6 +72,7 @@ class TrainVae:
             raise ConfigError(f"--size {config.size} is not divisible by the VAE's factor {self.factor}.")
         self.network: nn.Module = Autoencoder(self.vae)
         self.perceptual = PerceptualDistance() if config.perceptual_weight else None
+        self.rates: dict[str, float] = {}
         self.stream = Stream(len(self.train), config.seed, self._example)
 
     def _noise(self, rng: np.random.Generator) -> Tensor:

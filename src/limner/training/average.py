@@ -12,11 +12,11 @@ RAMP = 0.05  # while fewer images than halflife/RAMP were seen, the half-life is
 
 
 class WeightAverage:
-    """Averages the parameters of a network with a half-life counted in images; 0 follows them without lag."""
+    """Averages the trained parameters of a network with a half-life counted in images; 0 follows them without lag."""
 
     def __init__(self, network: nn.Module, halflife: float) -> None:
         self.halflife = halflife
-        self.parameters = list(network.parameters())
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.averages = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -43,11 +43,5 @@ class WeightAverage:
             average.copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages by number, for a checkpoint."""
+        """The averages by number, for a checkpoint; what is written into them is taken over."""
         return {str(number): average for number, average in enumerate(self.averages)}
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take the averages of a checkpoint."""
-        for number, average in enumerate(self.averages):
-            average.copy_(state[str(number)])

@@ -22,13 +22,17 @@ Example = dict[str, Any]
 class Stream(Dataset[Example]):
     """Position k of the stream shows the picture at place k mod n of the epoch's own shuffle, with noise of its own."""
 
-    def __init__(self, length: int, seed: int, example: Callable[[int, np.random.Generator], Example]) -> None:
+    def __init__(
+        self, length: int, seed: int, example: Callable[[int, np.random.Generator], Example], *, multiple: int = 1
+    ) -> None:
+        """`multiple`: an epoch ends at a multiple of it, so that no batch of that size has a picture twice."""
         self.length = length
+        self.epoch = length // multiple * multiple
         self.seed = seed
         self.example = example
 
     def __getitem__(self, position: int) -> Example:
-        epoch, place = divmod(position, self.length)
+        epoch, place = divmod(position, self.epoch)
         index = int(_shuffle(self.length, self.seed, epoch)[place])
         return self.example(index, np.random.default_rng([self.seed, position]))
 

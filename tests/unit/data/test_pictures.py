@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from limner.data.pictures import load_crop, load_pixels, may_flip, save_grid
+from limner.data.pictures import jitter, load_crop, load_pixels, may_flip, save_grid
 from limner.errors import DataError
 from photos import encoded, photo, put
 
@@ -139,6 +139,54 @@ def test_about_half_the_crops_are_mirrored_where_they_may_be(tmp_path: Path) -> 
 )
 def test_a_caption_with_a_side_forbids_mirroring(caption: str, allowed: bool) -> None:
     assert may_flip(caption) == allowed
+
+
+# ---- colours
+
+
+def drawn(seed: int) -> Tensor:
+    """Pixels from one end of the range to the other."""
+    return torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def jittered(pixels: Tensor, strength: float, seed: int = 0) -> Tensor:
+    """The pixels in changed colours, by seed."""
+    return jitter(pixels, np.random.default_rng(seed), strength)
+
+
+@given(st.integers(0, 99), st.floats(0, 0.99), st.integers(0, 2**32))
+def test_changed_colours_keep_the_range_and_are_a_function_of_their_randomness(
+    picture: int, strength: float, seed: int
+) -> None:
+    pixels = drawn(picture)
+    before, changed = pixels.clone(), jittered(pixels, strength, seed)
+    assert changed.shape == pixels.shape
+    assert changed.dtype == torch.float32
+    assert -1 <= changed.min() <= changed.max() <= 1
+    assert torch.equal(changed, jittered(pixels, strength, seed))
+    assert torch.equal(pixels, before)
+
+
+def test_no_strength_changes_no_colour() -> None:
+    assert_close(jittered(drawn(0), 0.0), drawn(0), rtol=0, atol=1e-6)
+
+
+def test_brightness_contrast_and_saturation_change_by_up_to_the_strength() -> None:
+    """Far from both ends of the range, where nothing is cut off, the three factors can be read off the picture."""
+    unit = drawn(0) * 0.1 + 0.5  # in [0.4, 0.6]
+    grey = unit.mean(dim=0, keepdim=True)
+    factors = []
+    for seed in range(200):
+        changed = jittered(unit * 2 - 1, 0.2, seed) * 0.5 + 0.5
+        own_grey = changed.mean(dim=0, keepdim=True)
+        brightness = changed.mean() / unit.mean()
+        contrast = own_grey.std() / grey.std() / brightness
+        saturation = (changed - own_grey).std() / (unit - grey).std() / (brightness * contrast)
+        factors.append([brightness, contrast, saturation])
+    found = torch.tensor(factors)  # (200, 3)
+    assert_close(found.amin(dim=0), torch.full((3,), 0.8), rtol=0, atol=0.02)
+    assert_close(found.amax(dim=0), torch.full((3,), 1.2), rtol=0, atol=0.02)
+    assert found.T.corrcoef().fill_diagonal_(0).abs().max() < 0.3, "each by itself"
 
 
 # ---- what can't be read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,17 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from limner.errors import ConfigError
-from limner.generation.engine import denoise, encode_prompts, generators, guidance_embedding, initial_noise, to_images
+from limner.generation.engine import (
+    denoise,
+    encode_prompts,
+    generators,
+    guidance_embedding,
+    initial_noise,
+    paint,
+    to_images,
+)
 from limner.generation.model import Model
-from tiny import WIDTH, tiny_scheduler, tiny_unet
+from tiny import CAPTIONS, WIDTH, tiny_scheduler, tiny_text_encoder, tiny_unet
 
 
 def states(count: int = 1) -> torch.Tensor:
@@ -104,3 +113,49 @@ def test_pixels_become_bytes() -> None:
     image = to_images(pixels)[0]
     assert image.size == (5, 1)
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def painted(model: Model, prompts: list[str], seeds: list[int], **changed: Any) -> torch.Tensor:
+    """What `paint` draws with a model's parts (N, 3, H, W), in three steps at guidance 4 unless told."""
+    parts = {name: getattr(model.painter, name) for name in ("unet", "scheduler", "vae", "text_encoder", "tokenizer")}
+    return paint(**{"prompts": prompts, "seeds": seeds, "steps": 3, "guidance": 4.0, **parts, **changed})
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_paint_draws_what_the_model_draws(model: Model, guidance: float) -> None:
+    prompts = [*CAPTIONS[:2], "a " * 80 + "dog on a beach"]
+    pixels = painted(model, prompts, [7, 7, 7], guidance=guidance)
+    assert pixels.shape == (3, 3, 16, 16)
+    for mine, theirs in zip(to_images(pixels), model(prompts, seed=7, steps=3, guidance=guidance).images):
+        assert np.array_equal(np.asarray(mine), np.asarray(theirs))
+
+
+def test_a_painting_depends_on_its_own_prompt_and_seed_only(model: Model) -> None:
+    noisy = tiny_scheduler("euler-ancestral")  # draws noise of its own in each step
+    together = painted(model, [*CAPTIONS[:3], "a " * 80], [5, 6, 7, 8], scheduler=noisy)
+    assert torch.equal(together[1:2], painted(model, CAPTIONS[1:2], [6], scheduler=noisy))
+    assert torch.equal(together, painted(model, [*CAPTIONS[:3], "a " * 80], [5, 6, 7, 8], scheduler=noisy))
+    assert not torch.equal(together[1:2], painted(model, CAPTIONS[1:2], [5], scheduler=noisy))
+    assert not torch.equal(together[1:2], painted(model, CAPTIONS[:1], [6], scheduler=noisy))
+    other = painted(model, CAPTIONS[1:2], [6], scheduler=noisy, text_encoder=tiny_text_encoder(seed=1))
+    assert not torch.equal(together[1:2], other)
+
+
+def test_a_painting_has_the_size_that_its_unet_was_trained_for(model: Model) -> None:
+    pixels = painted(model, ["A dog."], [0], unet=tiny_unet(sample_size=(8, 16)))
+    assert pixels.shape == (1, 3, 16, 32)
+
+
+def test_a_painting_keeps_to_the_range_of_pixels(model: Model) -> None:
+    vae = copy.deepcopy(model.painter.vae)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(100)
+    pixels = painted(model, ["A dog."], [0], vae=vae)
+    assert pixels.min() == -1
+    assert pixels.max() == 1
+    assert not pixels.requires_grad
+
+
+def test_each_prompt_wants_a_seed(model: Model) -> None:
+    with pytest.raises(ValueError):
+        painted(model, ["A dog.", "A cat."], [0])

@@ -1,8 +1,8 @@
-"""A new CLIP: its tokenizer loses no text, its features don't see padding, and plain Transformers reads its folder."""
+"""CLIP and SigLIP: tokenizers lose no text, features are plain Transformers', which also reads a saved folder."""
 
 from __future__ import annotations
 
-import json
+import string
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+from torch.nn.functional import normalize
 from torch.testing import assert_close
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import AutoProcessor, CLIPModel, CLIPTokenizer, SiglipModel
+from transformers.models.siglip.tokenization_siglip import SiglipTokenizer
 
 from limner.config import TrainClipConfig
 from limner.data.pictures import load_pixels
-from limner.errors import ConfigError, ModelError
+from limner.errors import ConfigError
 from limner.models import clip as clips
+from limner.models.clip import Clip
 from limner.settings import resolve
 from photos import photo
-from tiny import CAPTIONS
+from tiny import CAPTIONS, tiny_siglip, tiny_siglip_tokenizer
 
 NAKED = 2 * 256 + 2  # entries of a tokenizer without merges
 NORMALISATION = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
+LONG = "dog " * 200
+
+texts = st.one_of(
+    st.sampled_from([*CAPTIONS, "", " ", LONG, "Grüße, 犬! 🐕", "A <|endoftext|> dog."]),
+    st.text(st.characters(codec="utf-8"), max_size=120),
+)
+KINDS = pytest.mark.parametrize("kind", ["clip", "siglip"])
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +46,27 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def clip(tokenizer: Any) -> Any:
-    """A new CLIP for it."""
-    settings = {"width": 16, "layers": 2, "heads": 2, "features": 8, "size": 16, "patch": 8}
+def clip() -> Clip:
+    """A new CLIP for the captions, with a normalisation of its own."""
+    sizes = {"width": 16, "layers": 2, "heads": 2, "features": 8, "size": 16, "patch": 8, "vocabulary": 600}
     torch.manual_seed(0)
-    return clips.new(resolve(TrainClipConfig, {"data": "d", "out": "o", **settings}), tokenizer).eval()
+    made = clips.new(resolve(TrainClipConfig, {"data": "d", "out": "o", **sizes}), CAPTIONS)
+    return Clip(made.network.eval(), made.tokenizer, NORMALISATION)
 
 
-# ---- the tokenizer
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    """A SigLIP with a tokenizer for the captions, with a normalisation of its own."""
+    return Clip(tiny_siglip(), tiny_siglip_tokenizer(tmp_path_factory.mktemp("siglip")), NORMALISATION)
+
+
+@pytest.fixture(scope="module")
+def either(clip: Clip, siglip: Clip) -> dict[str, Clip]:
+    """Both, by kind."""
+    return {"clip": clip, "siglip": siglip}
+
+
+# ---- CLIP's tokenizer
 
 
 def letters(text: str) -> str:
@@ -49,6 +74,7 @@ def letters(text: str) -> str:
     return "".join(unicodedata.normalize("NFC", text).lower().split())
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp", "Zs"]), max_size=60))
 def test_any_text_comes_back_in_lower_case(text: str) -> None:
     tokenizer = clips.new_tokenizer(CAPTIONS, 600)
@@ -83,7 +109,7 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(size: int) -> None:
         clips.new_tokenizer(CAPTIONS, size)
 
 
-def test_without_captions_there_are_bytes(tokenizer: Any) -> None:
+def test_without_captions_there_are_bytes() -> None:
     assert len(clips.new_tokenizer([], 600)) == NAKED
 
 
@@ -92,76 +118,194 @@ def test_the_same_captions_make_the_same_tokenizer() -> None:
     assert len(made) == 1, "or else a resumed training would read its captions differently"
 
 
-def test_captions_are_cut_and_padded(tokenizer: Any) -> None:
-    for caption in ("", "A dog.", "dog " * 200):
-        ids = clips.tokenize(tokenizer, caption)
-        assert ids.shape == (77,)
-        assert ids[0] == tokenizer.bos_token_id
-        assert ids[-1] == tokenizer.eos_token_id
+# ---- token ids
 
 
-# ---- features
+def test_captions_are_cut_and_padded(clip: Clip, siglip: Clip) -> None:
+    ids, tokenizer = clip.tokenize(["", "A dog.", LONG]), clip.tokenizer
+    assert ids.shape == (3, 77)
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    assert (ids[:, -1] == tokenizer.eos_token_id).all()
+    assert siglip.tokenize(["", "A dog.", LONG]).shape == (3, 64)
+
+
+def test_a_tokenizer_that_would_read_more_is_held_to_the_text_tower(siglip: Clip, tmp_path: Path) -> None:
+    endless = tiny_siglip_tokenizer(tmp_path)
+    endless.model_max_length = 10**30  # what a tokenizer without a limit says
+    assert Clip(siglip.network, endless, NORMALISATION).tokenize([LONG]).shape == (1, 64)
+
+
+def siglip_ids(pieces: SentencePieceProcessor, text: str, end: int) -> list[int]:
+    """Ids as SigLIP was trained on them (Zhai et al. 2303.15343): no capitals, no ASCII punctuation, padded by ends."""
+    plain = "".join(character for character in text.lower() if character not in string.punctuation)
+    ids = pieces.encode(" ".join(plain.split()))[:63]
+    return [*ids, *[end] * (64 - len(ids))]
+
+
+@settings(deadline=None)
+@given(st.lists(texts.filter(lambda text: "</s>" not in text and "<unk>" not in text), min_size=1, max_size=3))
+def test_siglip_reads_pieces_of_plain_lower_case(siglip: Clip, captions: list[str]) -> None:
+    ids = siglip.tokenize(captions)
+    for caption, row in zip(captions, ids.tolist(), strict=True):
+        assert row == siglip_ids(siglip.tokenizer.sp_model, caption, siglip.tokenizer.eos_token_id)
+    theirs = siglip.tokenizer(captions, padding="max_length", truncation=True, max_length=64, return_tensors="pt")
+    assert torch.equal(ids, theirs["input_ids"])
+
+
+@settings(deadline=None)
+@given(st.lists(texts, min_size=1, max_size=3))
+def test_the_mask_is_the_text_with_begin_and_end(clip: Clip, siglip: Clip, captions: list[str]) -> None:
+    rows = clip.tokenizer(captions, truncation=True, max_length=77)["input_ids"]
+    lengths = [row.index(clip.tokenizer.eos_token_id) + 1 for row in rows]
+    mask = clip.mask(clip.tokenize(captions))
+    assert mask.tolist() == [[True] * length + [False] * (77 - length) for length in lengths]
+    assert siglip.mask(siglip.tokenize(captions)).all(), "what follows the text is seen by all of it"
+
+
+# ---- features and states
+
+
+def reference(clip: Clip, captions: list[str]) -> Tensor:
+    """Text features by Transformers alone."""
+    length = clip.network.config.text_config.max_position_embeddings
+    ids = clip.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return normalize(clip.network.get_text_features(input_ids=ids["input_ids"]).pooler_output)
+
+
+@KINDS
+@settings(deadline=None, max_examples=40)
+@given(captions=st.lists(texts, min_size=1, max_size=3))
+@torch.no_grad()
+def test_text_features_are_those_of_transformers_untrimmed(
+    either: dict[str, Clip], kind: str, captions: list[str]
+) -> None:
+    clip = either[kind]
+    assert_close(clip.text_features(clip.tokenize(captions)), reference(clip, captions), rtol=0, atol=2e-6)
 
 
 @torch.no_grad()
-def test_padding_that_all_share_changes_no_feature(clip: Any, tokenizer: Any) -> None:
-    texts = ["A dog.", "", *CAPTIONS[:3]]
-    ids = torch.stack([clips.tokenize(tokenizer, text) for text in texts])
-    trimmed = clips.trimmed(ids, tokenizer.eos_token_id)
-    assert trimmed.shape[1] == max(len(tokenizer(text)["input_ids"]) for text in texts) < 77
-    one, other = (clip.get_text_features(given).pooler_output for given in (ids, trimmed))
-    assert_close(one, other, rtol=0, atol=1e-6)
-    full = torch.stack([clips.tokenize(tokenizer, "dog " * 200)])
-    assert torch.equal(clips.trimmed(full, tokenizer.eos_token_id), full)
+def test_only_padding_that_all_share_is_trimmed_and_none_of_siglip(clip: Clip, siglip: Clip) -> None:
+    captions = ["A dog.", "", *CAPTIONS[:3]]
+    trimmed = clip.trimmed(clip.tokenize(captions))
+    assert trimmed.shape == (5, max(len(clip.tokenizer(text)["input_ids"]) for text in captions))
+    assert torch.equal(trimmed, clip.tokenize(captions)[:, : trimmed.shape[1]])
+    for whole, ids in ((clip, clip.tokenize([LONG])), (siglip, siglip.tokenize(["", "A dog."]))):
+        assert torch.equal(whole.trimmed(ids), ids)
+
+
+@pytest.fixture(scope="module")
+def old(clip: Clip) -> Clip:
+    """The same as OpenAI's first configs have it: 2 as the end token, which means where the highest id stands."""
+    config = clip.network.config.to_dict()
+    config["text_config"]["eos_token_id"] = 2
+    network = CLIPModel(type(clip.network.config)(**config)).eval()
+    network.load_state_dict(clip.network.state_dict())
+    assert network.text_model.eos_token_id == 2 != clip.tokenizer.eos_token_id == 599
+    return Clip(network, clip.tokenizer, NORMALISATION)
+
+
+@settings(deadline=None, max_examples=40)
+@given(captions=st.lists(texts, min_size=1, max_size=3))
+@torch.no_grad()
+def test_a_clip_that_pools_at_the_highest_id_has_the_same_features(clip: Clip, old: Clip, captions: list[str]) -> None:
+    features = old.text_features(old.tokenize(captions))
+    assert_close(features, reference(old, captions), rtol=0, atol=2e-6)
+    assert_close(features, clip.text_features(clip.tokenize(captions)), rtol=0, atol=2e-6)
+
+
+@KINDS
+@torch.no_grad()
+def test_image_features_are_those_of_transformers(either: dict[str, Clip], kind: str) -> None:
+    clip = either[kind]
+    pixels = torch.rand(3, 3, 16, 16) * 2 - 1
+    mean, std = (torch.tensor(NORMALISATION[name])[:, None, None] for name in ("image_mean", "image_std"))
+    theirs = clip.network.get_image_features(pixel_values=((pixels + 1) / 2 - mean) / std).pooler_output
+    ours = clip.image_features(pixels)
+    assert_close(ours, normalize(theirs), rtol=0, atol=1e-5)
+    assert_close(ours.norm(dim=1), torch.ones(3))
+
+
+@KINDS
+@torch.no_grad()
+def test_features_of_a_network_in_half_the_bytes_are_of_unit_length(either: dict[str, Clip], kind: str) -> None:
+    made = either[kind]
+    half = Clip(type(made.network)(made.network.config).bfloat16(), made.tokenizer, NORMALISATION)
+    for features in (half.text_features(half.tokenize(CAPTIONS)), half.image_features(torch.zeros(2, 3, 16, 16))):
+        assert features.dtype == torch.float32
+        assert_close(features.norm(dim=1), torch.ones(len(features)))
+
+
+@KINDS
+@torch.no_grad()
+def test_token_states_are_those_of_the_last_two_layers(either: dict[str, Clip], kind: str) -> None:
+    clip = either[kind]
+    ids, tower = clip.tokenize(CAPTIONS[:2]), clip.network.text_model
+    seen: list[Tensor] = []
+    with tower.encoder.layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        out = tower(input_ids=ids, output_hidden_states=True)
+    last, before = clip.token_states(ids)
+    assert torch.equal(last, out.last_hidden_state)
+    assert torch.equal(before, out.hidden_states[-2])
+    assert torch.equal(before, seen[0]), "what the last layer reads"
+    assert last.shape == before.shape == (2, ids.shape[1], 16)
+    assert not torch.equal(last, before)
+
+
+@settings(deadline=None, max_examples=40)
+@given(captions=st.lists(texts, min_size=1, max_size=3))
+@torch.no_grad()
+def test_token_states_of_trimmed_ids_are_the_same(clip: Clip, captions: list[str]) -> None:
+    ids = clip.tokenize(captions)
+    short = clip.trimmed(ids)
+    for kept, whole in zip(clip.token_states(short), clip.token_states(ids), strict=True):
+        assert_close(kept, whole[:, : short.shape[1]], rtol=0, atol=1e-5)
 
 
 # ---- the folder
 
+PLAIN = {"clip": (CLIPModel, CLIPTokenizer), "siglip": (SiglipModel, SiglipTokenizer)}
 
+
+@KINDS
 @torch.no_grad()
-def test_plain_transformers_reads_the_folder(tmp_path: Path, clip: Any, tokenizer: Any) -> None:
-    clips.save(clip, tokenizer, NORMALISATION, tmp_path)
+def test_plain_transformers_reads_the_folder(tmp_path: Path, either: dict[str, Clip], kind: str) -> None:
+    clip, (model, reader) = either[kind], PLAIN[kind]
+    clip.save(tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.suffix in {".bin", ".pt", ".pkl"}]
-    model, reader = CLIPModel.from_pretrained(tmp_path).eval(), CLIPTokenizer.from_pretrained(tmp_path)
-    pixels = torch.randn(1, 3, 16, 16)
-    for text in (*CAPTIONS, "Grüße, 犬! 🐕", "dog " * 100):
-        ours = clips.tokenize(tokenizer, text)
-        theirs = reader(text, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-        assert torch.equal(theirs[0], ours)
-        one, other = (m(input_ids=theirs, pixel_values=pixels) for m in (clip, model))
-        assert torch.equal(one.text_embeds, other.text_embeds)
-        assert torch.equal(one.logits_per_image, other.logits_per_image)
+    network, tokenizer = model.from_pretrained(tmp_path).eval(), reader.from_pretrained(tmp_path)
+    captions = [*CAPTIONS, "", "Grüße, 犬! 🐕", LONG]
+    ids = clip.tokenize(captions)
+    kept = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    assert torch.equal(tokenizer(captions, **kept)["input_ids"], ids)
+    assert_close(normalize(network.get_text_features(ids).pooler_output), clip.text_features(ids), rtol=0, atol=2e-6)
 
 
-def test_normalise_does_what_the_preprocessor_says(tmp_path: Path, clip: Any, tokenizer: Any) -> None:
-    processing = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    clips.save(clip, tokenizer, NORMALISATION, tmp_path)
-    assert clips.read_normalisation(tmp_path) == NORMALISATION
-    processor = processing.CLIPImageProcessorPil.from_pretrained(tmp_path)
-    # A picture of the right size has nothing to resize: every value must agree.
-    for (width, height), tolerance in (((16, 16), 1e-5), ((40, 24), 0.1)):
-        image = photo(0, width, height)
+@KINDS
+@torch.no_grad()
+def test_a_processor_out_of_the_folder_gives_the_same_features(
+    tmp_path: Path, either: dict[str, Clip], kind: str
+) -> None:
+    """Text and pictures the way that Transformers' guides read them."""
+    clip, (model, _) = either[kind], PLAIN[kind]
+    clip.save(tmp_path)
+    network, processor = model.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    sides = [(16, 16, 1e-5), (40, 40, 0.1)]  # one of the right size has nothing to resize: every value must agree
+    sides += [(40, 24, 0.1)] if kind == "clip" else []  # SigLIP's squeezes what is no square, where we cut
+    for number, (width, height, tolerance) in enumerate(sides):
+        image = photo(number, width, height)
         image.save(tmp_path / "picture.png")
-        theirs = processor(image, return_tensors="pt")["pixel_values"]
-        ours = clips.normalise(load_pixels(tmp_path / "picture.png", 16)[None], NORMALISATION)
-        assert theirs.shape == ours.shape
-        assert (theirs - ours).abs().mean() < tolerance
+        inputs = processor(text=CAPTIONS, images=image, padding="max_length", truncation=True, return_tensors="pt")
+        pixels = load_pixels(tmp_path / "picture.png", clip.size)[None]
+        values = clips.normalised(pixels, NORMALISATION)
+        assert inputs["pixel_values"].shape == values.shape
+        assert (inputs["pixel_values"] - values).abs().mean() < tolerance
+        theirs = network(**inputs)
+        assert_close(theirs.text_embeds, clip.text_features(clip.tokenize(CAPTIONS)), rtol=0, atol=1e-5)
+        assert (theirs.image_embeds @ clip.image_features(pixels).T).item() > 1 - tolerance
 
 
-def test_normalise_against_numpy() -> None:
+def test_normalised_against_numpy() -> None:
     array = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 4)).astype(np.float32)
     mean, std = (np.array(NORMALISATION[name])[:, None, None] for name in ("image_mean", "image_std"))
     wanted = ((array + 1) / 2 - mean) / std
-    assert_close(clips.normalise(torch.from_numpy(array), NORMALISATION), torch.from_numpy(wanted).float())
-
-
-def test_a_folder_without_a_preprocessor_means_openai(tmp_path: Path) -> None:
-    assert clips.read_normalisation(tmp_path) == clips.OPENAI
-    (tmp_path / clips.PREPROCESSOR).write_text(json.dumps({"image_mean": [0, 0, 0]}))
-    assert clips.read_normalisation(tmp_path) == {**clips.OPENAI, "image_mean": [0, 0, 0]}
-
-
-def test_a_damaged_preprocessor_is_named(tmp_path: Path) -> None:
-    (tmp_path / clips.PREPROCESSOR).write_text("{")
-    with pytest.raises(ModelError, match=r"preprocessor_config\.json can't be read"):
-        clips.read_normalisation(tmp_path)
+    assert_close(clips.normalised(torch.from_numpy(array), NORMALISATION), torch.from_numpy(wanted).float())

@@ -53,5 +53,19 @@ def test_the_weights_come_back_after_use_even_after_an_error() -> None:
 def test_it_survives_a_checkpoint() -> None:
     _, average, _ = trained(50, 3)
     other = WeightAverage(trained(50, 0)[0], 50)
-    other.load({name: tensor.clone() for name, tensor in average.state().items()})
+    for name, tensor in other.state().items():
+        tensor.copy_(average.state()[name])
     assert all(map(torch.equal, average.averages, other.averages))
+
+
+def test_frozen_parameters_are_not_averaged() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(4, 2))
+    network[0].requires_grad_(False)
+    average = WeightAverage(network, 0)
+    assert [tuple(tensor.shape) for tensor in average.state().values()] == [(2, 4), (2,)]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(2.0)
+    with average.applied():
+        assert all((p == 2).all() for p in network[0].parameters())
+        assert not any((p == 2).all() for p in network[1].parameters())

@@ -1,19 +1,24 @@
-"""Checkpoints: they come back bit for bit, a damaged one is passed over, and old ones make room."""
+"""Checkpoints: they come back bit for bit, hold what is trained, a damaged one is passed over, old ones make room."""
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from limner.errors import RunError
 from limner.training import checkpoints
 from limner.training.average import WeightAverage
-from limner.training.checkpoints import BEST, FACTS, TENSORS, load_newest, numbered, prune
+from limner.training.checkpoints import BEST, FACTS, TENSORS, Facts, load_best, load_newest, tidy
 
 State = tuple[nn.Module, WeightAverage, torch.optim.Optimizer]
 
@@ -23,7 +28,7 @@ def state(seed: int, steps: int = 0) -> State:
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)).to(memory_format=torch.channels_last)
     average = WeightAverage(network, 10)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
     for step in range(steps):
         network(torch.randn(4, 2, 3, 3)).square().sum().backward()
         optimizer.step()
@@ -45,10 +50,15 @@ def same(one: State, other: State) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def save(folder: Path, images: int, *, seed: int | None = None) -> State:
+def facts(images: int, *, best_at: int = 1) -> Facts:
+    """Those of a training that was at its best after `best_at` images."""
+    return Facts(images, {"loss": 0.5}, best=0.25, best_at=best_at, stale=3)
+
+
+def save(folder: Path, images: int, *, best_at: int = 1, keep: int = 9) -> State:
     """A checkpoint after `images`, and what is in it."""
-    saved = state(images if seed is None else seed, steps=2)
-    checkpoints.save(folder / f"{images:09d}", *saved, {"images": images, "best": 0.25})
+    saved = state(images, steps=2)
+    checkpoints.save(folder, keep, *saved, facts(images, best_at=best_at))
     return saved
 
 
@@ -65,12 +75,17 @@ def damage(file: Path, how: str) -> None:
         case "another's":
             network = nn.Linear(2, 2)
             average = WeightAverage(network, 1)
-            checkpoints.save(file.parent, network, average, torch.optim.AdamW(network.parameters()), {"images": 1})
+            optimizer = torch.optim.AdamW(network.parameters())
+            checkpoints.save(file.parents[1] / "other", 1, network, average, optimizer, Facts(1))
+            (file.parents[1] / "other" / "000000001" / file.name).replace(file)
+            shutil.rmtree(file.parents[1] / "other")
+        case "of another time":
+            file.write_text('{"pictures": 16}')
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     saved, other = save(tmp_path, 8), state(1)
-    assert load_newest(tmp_path, *other) == {"images": 8, "best": 0.25}
+    assert load_newest(tmp_path, *other) == facts(8)
     assert same(saved, other)
     for training in (saved, other):  # and goes on alike
         torch.manual_seed(5)
@@ -81,11 +96,16 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_without_checkpoints_there_is_nothing_to_load(tmp_path: Path) -> None:
-    assert load_newest(tmp_path / "missing", *state(0)) is None
+    assert load_newest(tmp_path / "missing", *state(0)) == Facts()
+    tidy(tmp_path / "missing", 1, Facts())
+    assert not (tmp_path / "missing").exists()
 
 
-@pytest.mark.parametrize("name", [TENSORS, FACTS])
-@pytest.mark.parametrize("how", ["gone", "empty", "cut", "another's"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in (TENSORS, FACTS) for how in ("gone", "empty", "cut")]
+    + [(TENSORS, "another's"), (FACTS, "of another time")],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, how: str
 ) -> None:
@@ -94,9 +114,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     damage(tmp_path / "000000016" / name, how)
     other = state(1)
     with caplog.at_level(logging.WARNING):
-        facts = load_newest(tmp_path, *other)
-    assert facts is not None
-    assert facts["images"] == 8
+        assert load_newest(tmp_path, *other) == facts(8)
     assert same(saved, other)
     assert [r.getMessage() for r in caplog.records if "000000016 is damaged" in r.getMessage()]
 
@@ -116,21 +134,132 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
-    best: Any = None
+    saved = {}
     for images in (8, 16, 24, 1_000_000_000):  # the last name is longer than the others
-        saved = save(tmp_path, images)
-        is_best = images in (8, 16)
-        best = saved if is_best else best
-        prune(tmp_path, 2, best=numbered(tmp_path)[-1] if is_best else None)
+        saved[images] = save(tmp_path, images, best_at=min(images, 16), keep=2)
     assert names(tmp_path) == ["000000024", "1000000000", BEST]
-    (tmp_path / "only").mkdir()
-    (tmp_path / BEST).rename(tmp_path / "only" / "1")
-    other = state(1)
-    assert load_newest(tmp_path / "only", *other) == {"images": 16, "best": 0.25}
-    assert same(best, other)
+    network, average, _ = state(1)
+    assert load_best(tmp_path, network, average) == facts(16, best_at=16)
+    for one, other in ((saved[16][0].state_dict(), network.state_dict()), (saved[16][1].state(), average.state())):
+        assert all(torch.equal(one[name], other[name]) for name in one), "buffers too"
 
 
 def test_the_best_is_no_second_copy_on_disk(tmp_path: Path) -> None:
-    save(tmp_path, 8)
-    prune(tmp_path, 2, best=tmp_path / "000000008")
+    save(tmp_path, 8, best_at=8)
     assert (tmp_path / BEST / TENSORS).samefile(tmp_path / "000000008" / TENSORS)
+
+
+@pytest.mark.parametrize("best", [None, 8])
+def test_a_kill_before_the_best_was_kept_is_mended(tmp_path: Path, best: int | None) -> None:
+    """As it lies there between the writing of a checkpoint and that of `best`, which is missing or an older one."""
+    if best is not None:
+        save(tmp_path, best, best_at=best)
+    save(tmp_path, 16, best_at=2)
+    (tmp_path / "000000016" / FACTS).write_text(json.dumps(asdict(facts(16, best_at=16))))
+    (tmp_path / ".best.123.partial").mkdir()
+    tidy(tmp_path, 1, load_newest(tmp_path, *state(1)))
+    assert (tmp_path / BEST / TENSORS).samefile(tmp_path / "000000016" / TENSORS)
+    assert names(tmp_path) == ["000000016", BEST]
+
+
+def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:
+    for images in (8, 16):
+        save(tmp_path, images)
+    damage(tmp_path / "000000016" / TENSORS, "cut")
+    tidy(tmp_path, 1, load_newest(tmp_path, *state(1)))
+    assert load_newest(tmp_path, *state(1)) == facts(8)
+    save(tmp_path, 12, keep=1)
+    assert load_newest(tmp_path, *state(1)) == facts(12)
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_damaged_best_is_said_so(tmp_path: Path, how: str) -> None:
+    save(tmp_path, 8, best_at=8)
+    damage(tmp_path / BEST / TENSORS, how)
+    with pytest.raises(RunError, match=r"The best checkpoint .* is damaged .*; delete that folder") as caught:
+        load_best(tmp_path, *state(0)[:2])
+    assert "\n" not in str(caught.value)
+
+
+# ---- what is in it
+
+
+def test_only_what_is_trained_is_stored(tmp_path: Path) -> None:
+    """As of a large model with a small addition: its weights stay out, and are not touched by loading."""
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"large": nn.Linear(1000, 1000), "norm": nn.BatchNorm1d(3), "small": nn.Linear(4, 4)})
+    network["large"].requires_grad_(False)
+    network["small"].register_buffer("scratch", torch.zeros(2), persistent=False)
+    average = WeightAverage(network, 1)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])
+    checkpoints.save(tmp_path, 1, network, average, optimizer, Facts(8))
+    stored = load_file(tmp_path / "000000008" / TENSORS)
+    assert {name for name in stored if name.startswith("network.")} == {
+        f"network.{name}"
+        for name in (
+            *("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"),
+            *("small.weight", "small.bias"),
+        )
+    }
+    assert sum(name.startswith("average.") for name in stored) == 4
+    assert (tmp_path / "000000008" / TENSORS).stat().st_size < 4_000
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(5.0)
+    load_newest(tmp_path, network, average, optimizer)
+    assert (network["large"].weight == 5).all()
+    assert not (network["small"].weight == 5).any()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_optimiser_goes_on_alike_whatever_the_layout_in_memory(tmp_path: Path, fused: bool) -> None:
+    """A fused kernel takes state and parameter as they lie in memory, without a look at how."""
+
+    def begin() -> State:
+        torch.manual_seed(0)
+        network = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
+        return network, WeightAverage(network, 1), optimizer
+
+    def step(training: State, seed: int) -> None:
+        torch.manual_seed(seed)
+        training[0](torch.randn(2, 8, 5, 5)).square().sum().backward()
+        training[2].step()
+        training[2].zero_grad()
+
+    whole, other = begin(), begin()
+    step(whole, 1)
+    checkpoints.save(tmp_path, 1, *whole, Facts(8))
+    load_newest(tmp_path, *other)
+    for training in (whole, other):
+        step(training, 2)
+    assert same(whole, other)
+
+
+def test_the_state_of_other_parameters_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same parameters in another order, as another version might hand them to the optimiser."""
+    network, average, optimizer = state(0, steps=1)
+    checkpoints.save(tmp_path, 1, network, average, optimizer, Facts(8))
+    turned = torch.optim.AdamW(list(network.parameters())[::-1])
+    with pytest.raises(RunError, match="is damaged"):
+        load_newest(tmp_path, network, average, turned)
+    assert "another network's" in caplog.text
+
+
+# ---- what a checkpoint knows
+
+
+@given(st.lists(st.floats(0, 9).map(lambda loss: round(loss, 1)), min_size=1, max_size=20))
+def test_facts_follow_the_validations(losses: list[float]) -> None:
+    known = Facts()
+    assert not known.is_best
+    for number, loss in enumerate(losses, start=1):
+        known = replace(known, images=8 * number).judged({"loss": loss, "psnr": 1.0})
+        so_far = losses[:number]
+        first = so_far.index(min(so_far))  # an equal loss is no new best
+        assert known == Facts(
+            8 * number, {"loss": loss, "psnr": 1.0}, so_far[first], 8 * (first + 1), number - 1 - first
+        )
+        assert known.is_best == (first == number - 1)
+        assert not replace(known, images=8 * number + 8).is_best
+        assert Facts(**json.loads(json.dumps(asdict(known)))) == known

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kills import kill, writes_of
@@ -21,7 +22,7 @@ from limner.config import TrainConfig
 from limner.errors import RunError
 from limner.settings import resolve
 from limner.training import checkpoints
-from limner.training.loop import _groups, learning_rate, plan_training, run_training
+from limner.training.loop import learning_rate, plan_training, run_training
 from limner.training.stream import Stream
 from trainings import Summing, config, run_summing, weights
 
@@ -85,8 +86,6 @@ def test_the_best_checkpoint_is_the_best(tmp_path: Path) -> None:
 
 
 def test_the_result_is_the_average_and_training_goes_on_with_the_weights(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     run = run_summing(settings(tmp_path / "r", ema_halflife=100))
     result = load_file(run / "model" / "net" / "net.safetensors")
     saved = load_file(run / "checkpoints" / "000000032" / "state.safetensors")
@@ -94,6 +93,175 @@ def test_the_result_is_the_average_and_training_goes_on_with_the_weights(tmp_pat
     for number, name in enumerate(names):
         assert torch.equal(result[name], saved[f"average.{number}"])
         assert not torch.equal(result[name], saved[f"network.{name}"])
+
+
+# ---- the best of a training that gets worse
+
+
+def worsening(out: Path, **given: Any) -> TrainConfig:
+    """At this learning rate the loss is least after 16 images, and always above that after the next validations."""
+    values = {"images": 80, "lr": 0.2, "seed": 3, "ema_halflife": 8, "validate_every": 8, "result": "best", **given}
+    return settings(out, **values)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of each validation by the images seen."""
+    return {line["images"]: line["validation/loss"] for line in events(run) if "validation/loss" in line}
+
+
+def is_the_average_of(run: Path, checkpoint: str) -> bool:
+    """Whether a run's result is the weight average of one of its checkpoints."""
+    result = load_file(run / "model" / "net" / "net.safetensors")
+    saved = load_file(run / "checkpoints" / checkpoint / "state.safetensors")
+    names = [name for name, _ in Summing(settings(run)).network.named_parameters()]
+    return all(torch.equal(result[name], saved[f"average.{number}"]) for number, name in enumerate(names))
+
+
+def test_the_result_can_be_the_best_in_place_of_the_last(tmp_path: Path) -> None:
+    best, last = (run_summing(worsening(tmp_path / result, result=result)) for result in ("best", "last"))
+    assert losses(best) == losses(last)
+    assert min(losses(best), key=losses(best).__getitem__) == 16
+    assert is_the_average_of(best, "best")
+    assert is_the_average_of(last, "000000080")
+    for run, images in ((best, 16), (last, 80)):
+        manifest = read_json(run / "manifest.json")
+        assert manifest["validation"]["loss"] == losses(run)[images], "the figures are those of the result"
+        assert (manifest["images"], manifest["stopped_early"]) == (80, False)
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_patience_ends_a_training(tmp_path: Path, patience: int, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = losses(run_summing(worsening(tmp_path / "whole")))
+    run = run_summing(worsening(tmp_path / "r", patience=patience))
+    end = 16 + 8 * patience
+    assert losses(run) == {images: loss for images, loss in whole.items() if images <= end}
+    manifest = read_json(run / "manifest.json")
+    assert (manifest["images"], manifest["stopped_early"]) == (end, True)
+    assert is_the_average_of(run, "best")
+    assert checkpoints.numbered(run / "checkpoints")[-1].name == f"{end:09d}"
+    before = sha256_folder(run, "*.safetensors")
+    for images in (80, 160):
+        capsys.readouterr()
+        run_summing(worsening(tmp_path / "r", patience=patience, images=images))
+        said = capsys.readouterr().out
+        assert f"Nothing to do: {run} stopped early after {end} images, {patience} validations in a row" in said
+        assert said.count("\n") == 1
+    assert sha256_folder(run, "*.safetensors") == before
+
+
+def test_a_validation_that_brings_a_new_best_gives_new_patience(tmp_path: Path) -> None:
+    """The loss rises twice, and then falls below what it was."""
+    run = run_summing(worsening(tmp_path / "r", lr=0.1, seed=1, patience=4))
+    by_images = losses(run)
+    assert by_images[24] < by_images[32] < by_images[40], "a stretch without a new best"
+    assert min(by_images, key=by_images.__getitem__) > 40
+    assert list(by_images)[-1] == 80
+
+
+def test_what_was_best_before_images_was_raised_still_counts(tmp_path: Path) -> None:
+    run = run_summing(worsening(tmp_path / "r", images=24))
+    before = losses(run)
+    assert is_the_average_of(run, "best")
+    run_summing(worsening(tmp_path / "r", images=64))
+    after = losses(run)
+    best = min(after, key=after.__getitem__)
+    assert list(after) == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert best in before
+    assert is_the_average_of(run, "best")
+    assert read_json(run / "manifest.json")["validation"]["loss"] == after[best]
+
+
+def test_patience_counts_on_where_images_was_raised(tmp_path: Path) -> None:
+    run = run_summing(worsening(tmp_path / "r", images=24, patience=3))
+    assert read_json(run / "manifest.json")["stopped_early"] is False
+    run_summing(worsening(tmp_path / "r", images=80, patience=3))
+    manifest = read_json(run / "manifest.json")
+    assert manifest["stopped_early"]
+    assert manifest["images"] == min(losses(run), key=losses(run).__getitem__) + 24
+
+
+@linux
+def test_killed_at_any_write_it_stops_at_the_same_place_with_the_same_best(tmp_path: Path) -> None:
+    def wanted(name: str) -> TrainConfig:
+        return worsening(tmp_path / name, patience=2, checkpoint_every=16, keep_checkpoints=1)
+
+    count = writes_of(run_summing, wanted("whole"))
+    whole = tmp_path / "whole"
+    best = load_file(whole / "checkpoints" / "best" / "state.safetensors")
+    for at_write in range(2, count + 1, 5):
+        killed = wanted(f"killed-{at_write}")
+        kill(run_summing, killed, at_write=at_write)
+        assert weights(run_summing(killed)) == weights(whole), f"killed before write {at_write}"
+        again = load_file(killed.out / "checkpoints" / "best" / "state.safetensors")
+        assert all(torch.equal(best[name], again[name]) for name in best)
+        assert {p.name for p in (killed.out / "checkpoints").iterdir()} == {"000000032", "best"}
+        facts = [read_json(run / "checkpoints" / "000000032" / "state.json") for run in (whole, killed.out)]
+        assert facts[0] == facts[1]
+
+
+@linux
+def test_muon_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    given = {"optimizer": "muon", "checkpoint_every": 8, "lr": 1e-2}
+    whole = run_summing(settings(tmp_path / "whole", **given))
+    killed = settings(tmp_path / "r", **given)
+    for at_write in (20, 24, 12):
+        kill(run_summing, killed, at_write=at_write)
+    assert weights(run_summing(killed)) == weights(whole)
+    assert weights(whole) != weights(run_summing(settings(tmp_path / "adamw", **given | {"optimizer": "adamw"})))
+
+
+# ---- a part of the weights
+
+
+class Partly(Summing):
+    """The first kernel is frozen, and the last layer learns at a tenth of the rate; there are buffers too."""
+
+    share = 0.1
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.network.insert(2, nn.BatchNorm2d(4))
+        self.network[0].requires_grad_(False)
+        self.rates = {"6.weight": self.share, "6.bias": self.share}
+
+
+class Halted(Partly):
+    """Its last layer does not learn at all."""
+
+    share = 0.0
+
+
+FROZEN = {"0.weight", "0.bias"}
+TRAINED = {"2.weight", "2.bias", "4.weight", "4.bias", "6.weight", "6.bias"}
+BUFFERS = {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_weights_stay_and_are_not_stored(tmp_path: Path, optimizer: str) -> None:
+    given = settings(tmp_path / "r", optimizer=optimizer, images=16)
+    run = run_training(Partly, given)
+    run_training(Partly, given.model_copy(update={"images": 32}))
+    stored = set(load_file(run / "checkpoints" / "000000032" / "state.safetensors"))
+    assert {name.removeprefix("network.") for name in stored if name.startswith("network.")} == TRAINED | BUFFERS
+    assert {name for name in stored if name.startswith("average.")} == {f"average.{number}" for number in range(6)}
+    assert {name.split(".")[1] for name in stored if name.startswith("optimizer.")} == set("012345")
+    torch.manual_seed(given.seed)
+    first = Partly(given).network.state_dict()
+    result = load_file(run / "model" / "net" / "net.safetensors")
+    assert {name for name in FROZEN | TRAINED if torch.equal(first[name], result[name])} == FROZEN
+
+
+def test_a_share_of_the_learning_rate_is_kept_to(tmp_path: Path) -> None:
+    given = settings(tmp_path / "r", ema_halflife=0)
+    torch.manual_seed(given.seed)
+    first = Halted(given).network.state_dict()
+    moved = {}
+    for task in (Partly, Halted):
+        run = run_training(task, given.model_copy(update={"out": tmp_path / task.__name__}))
+        result = load_file(run / "model" / "net" / "net.safetensors")
+        moved[task] = {name: (result[name] - first[name]).abs().max().item() for name in TRAINED}
+    assert moved[Halted]["6.weight"] == moved[Halted]["6.bias"] == 0
+    assert 0 < 5 * moved[Partly]["6.weight"] < moved[Partly]["4.weight"]
 
 
 # ---- the same again
@@ -177,16 +345,16 @@ def test_a_finished_run_goes_on_when_images_is_raised(tmp_path: Path) -> None:
 
 
 class Breaking(Summing):
-    """Its loss or its gradient is no number at the third step."""
+    """Its loss or its gradient is no number at the step after `good`."""
 
-    def __init__(self, config: TrainConfig, *, what: str) -> None:
+    def __init__(self, config: TrainConfig, *, what: str, good: int = 2) -> None:
         super().__init__(config)
-        self.what, self.steps = what, 0
+        self.what, self.good, self.steps = what, good, 0
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, figures = super().loss(network, batch)
         self.steps += self.network.training  # validation counts for nothing
-        if self.steps == 3:
+        if self.steps == self.good + 1:
             zero = loss - loss.detach()
             loss = loss * torch.nan if self.what == "loss" else loss.detach() + zero.abs().sqrt()  # slope 0 * inf
         return loss, figures
@@ -195,14 +363,41 @@ class Breaking(Summing):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_stops_the_run_and_the_last_checkpoint_is_good(tmp_path: Path, what: str) -> None:
     broken = settings(tmp_path / "r", checkpoint_every=8)
-    with pytest.raises(RunError, match=f"The {what} became nan after 16 images; .* Lower lr") as caught:
+    with pytest.raises(RunError) as caught:
         run_training(lambda c: Breaking(c, what=what), broken)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == (
+        f"The {what} became nan after 16 images, and what was kept before that is left as it is; "
+        "lower lr (0.001) or clip_norm (1), and start in a new folder."
+    )
     folder = tmp_path / "r" / "checkpoints"
     assert [p.name for p in checkpoints.numbered(folder)] == ["000000008", "000000016"]
     assert not (tmp_path / "r" / "model").exists()
     run = run_summing(broken)  # without the fault: all of the checkpoint is there
     assert weights(run) == weights(run_summing(settings(tmp_path / "whole", checkpoint_every=8)))
+
+
+def test_nan_leaves_the_best_checkpoint_whole_under_patience(tmp_path: Path) -> None:
+    """The best is after 16 images, and the fourth step is the one that fails."""
+    broken = worsening(tmp_path / "r", patience=3, precision="bf16")
+    with pytest.raises(RunError, match=r"after 24 images.*lower lr \(0\.2\).*precision=fp32"):
+        run_training(lambda c: Breaking(c, what="loss", good=3), broken)
+    whole = run_summing(worsening(tmp_path / "whole", patience=3, precision="bf16"))
+    kept, wanted = (load_file(run / "checkpoints" / "best" / "state.safetensors") for run in (broken.out, whole))
+    assert all(torch.equal(kept[name], wanted[name]) for name in wanted)
+    assert weights(run_summing(broken)) == weights(whole)
+
+
+class Blind(Summing):
+    """Its validation can't tell."""
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        return {"loss": math.nan}
+
+
+def test_a_validation_that_is_nan_stops_the_run_too(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"The validation loss became nan after 16 images.*lower lr"):
+        run_training(Blind, settings(tmp_path / "r"))
+    assert not (tmp_path / "r" / "checkpoints").exists()
 
 
 def test_other_settings_and_other_data_are_refused_by_name(tmp_path: Path) -> None:
@@ -252,16 +447,6 @@ def test_the_learning_rate_rises_stays_and_falls(batch_size: int, steps: int, wa
     if warmup <= images - batch_size:  # what is left at the end goes to final_lr as the last step becomes small
         share = min(1.0, batch_size / (0.3 * images))
         assert rates[images - batch_size] == pytest.approx(2.0 * (final + (1 - final) * share))
-
-
-def test_only_matrices_and_kernels_decay() -> None:
-    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Linear(4, 2))
-    network[2].weight.requires_grad_(False)
-    decayed, kept = _groups(network, 0.1)
-    assert [p.shape for p in decayed["params"]] == [(3, 2, 3, 3)]
-    assert decayed["weight_decay"] == 0.1
-    assert kept["weight_decay"] == 0
-    assert len(kept["params"]) == 4
 
 
 def test_the_run_folder_is_that_of_artifacts(finished: Path) -> None:

@@ -77,3 +77,45 @@ def test_the_shares_of_processes_make_up_the_batch(world: int, per: int, first: 
 def test_the_last_batch_is_whole() -> None:
     assert [len(batch["index"]) for batch in stream().batches(0, 10, 4)] == [4, 4, 4]
     assert list(stream().batches(12, 10, 4)) == []
+
+
+# ---- batches without repeats
+
+sizes = st.integers(1, 30).flatmap(lambda length: st.tuples(st.just(length), st.integers(1, length)))
+
+
+def unique(length: int, batch_size: int, seed: int) -> Stream:
+    """A stream whose batches of that size have no picture twice."""
+    return Stream(length, seed, example, multiple=batch_size)
+
+
+@given(sizes, st.integers(0, 99), st.integers(1, 4))
+def test_no_batch_has_a_picture_twice_and_no_epoch_either(size: tuple[int, int], seed: int, epochs: int) -> None:
+    length, batch_size = size
+    made = unique(length, batch_size, seed)
+    a_epoch = length // batch_size
+    batches = [batch["index"].tolist() for batch in made.batches(0, epochs * a_epoch * batch_size, batch_size)]
+    assert all(len(set(batch)) == batch_size for batch in batches)
+    assert all(0 <= index < length for batch in batches for index in batch)
+    for epoch in range(epochs):  # of which it leaves out less than a batch
+        shown = [index for batch in batches[epoch * a_epoch : (epoch + 1) * a_epoch] for index in batch]
+        assert len(set(shown)) == len(shown) == length - length % batch_size
+
+
+@given(sizes, st.integers(0, 20), st.integers(0, 9))
+def test_resuming_between_batches_changes_nothing(size: tuple[int, int], first: int, seed: int) -> None:
+    length, batch_size = size
+    last = (first + 3) * batch_size
+    whole = list(unique(length, batch_size, seed).batches(0, last, batch_size))
+    rest = list(unique(length, batch_size, seed).batches(first * batch_size, last, batch_size))
+    assert len(rest) == 3
+    for one, other in zip(rest, whole[first:], strict=True):
+        assert torch.equal(one["index"], other["index"])
+        assert torch.equal(one["noise"], other["noise"])
+
+
+def test_what_an_epoch_leaves_out_is_always_another() -> None:
+    made = unique(7, 4, 0)
+    shown = Counter(made[k]["index"] for k in range(300 * 4))
+    share, spread = 4 / 7, (4 / 7 * 3 / 7) ** 0.5
+    assert all(abs(shown[index] - 300 * share) < 4 * spread * 300**0.5 for index in range(7))

@@ -1,0 +1,88 @@
+"""What is trained, as a `Task`, and one step of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from limner.config import TrainConfig
+from limner.training.stream import Stream
+
+
+class Task(Protocol):
+    """One training: a network, a stream of examples, a loss, and how its result is judged and saved."""
+
+    network: nn.Module
+    """What is trained; its forward is what `loss` calls."""
+    stream: Stream
+    """Its examples."""
+    parents: dict[str, str]
+    """What the result is made from: the sha256 of data and models by role, for the manifest."""
+    rates: dict[str, float]
+    """Shares of the learning rate by parameter's name, where they are not 1."""
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, above zero, and figures worth logging; `batch` is this process's share."""
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        """Judge the network as it is; `loss` in the answer chooses the best checkpoint. Writes pictures to look at.
+
+        Of several processes only the main one calls it.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write the network as part of a Diffusers model folder."""
+
+
+def place(network: nn.Module, accelerator: Accelerator) -> None:
+    """Move a network to where it is trained, and ready it for that."""
+    # What tensor cores want for convolutions; on CPU it makes no difference (docs/experiments.md).
+    network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.train()
+
+
+def loss(
+    task: Task,
+    network: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    seed: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The task's loss and figures in the arithmetic that is set; `seed` is that of dropout."""
+    torch.manual_seed(seed)
+    device = accelerator.device
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return task.loss(network, moved)
+
+
+def step(
+    task: Task,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    *,
+    rate: float,
+    seed: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> dict[str, Tensor]:
+    """One step of descent at the learning rate `rate`. -> `loss`, `gradient` (its length) and the task's figures.
+
+    `network` is the task's, as it may have been wrapped. Where `loss` or `gradient` is not finite, the weights have
+    become useless.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+    value, figures = loss(task, network, batch, seed=seed, config=config, accelerator=accelerator)
+    accelerator.backward(value)
+    gradient = accelerator.clip_grad_norm_(network.parameters(), config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {name: value.detach().float() for name, value in {"loss": value, "gradient": gradient, **figures}.items()}

@@ -192,8 +192,10 @@ def test_forgetting_is_told_where_there_are_labelled_pictures(base: Path, data: 
     report = report_of(run)
     for name, ref in (("base", base), ("tuned", run / "model" / "tuned"), ("alpha", run)):
         assert report["zero_shot"][name] == zero_shot(clip_of(ref), labelled, 3)
-    wanted = zero_shot(mixed(clip_of(base), clip_of(run / "model" / "tuned"), 0.7), labelled, 3)
-    assert wanted.items() <= report["alpha"]["rows"][7].items()
+    for row in report["alpha"]["rows"]:
+        mix = mixed(clip_of(base), clip_of(run / "model" / "tuned"), row["alpha"])
+        assert zero_shot(mix, labelled, 3).items() <= row.items()
+    assert len({row["zero_shot_top1"] for row in report["alpha"]["rows"]}) > 1, "or else little was compared"
 
 
 # ---- the same again
@@ -390,7 +392,7 @@ def refused(made: TrainClipConfig, error: type[Exception], match: str) -> None:
 def test_a_unet_that_can_not_draw_is_refused_before_the_training(
     clip: Path, base: Path, unet: Path, data: Path, model: Path, tmp_path: Path
 ) -> None:
-    sweep = {"sweep_alpha": True, "images": 10**9}
+    sweep = {"sweep_alpha": True, "images": 2_000}
     made = tuned(data, clip, tmp_path / "r", unet=str(model), **sweep)
     refused(made, ModelError, r"The text encoder of model is not what the U-Net of .* \(width 16 against 32")
     wide = tiny_model(tmp_path / "wide", unet=tiny_unet(64))
@@ -409,5 +411,5 @@ def test_a_unet_that_can_not_draw_is_refused_before_the_training(
 
 def test_a_folder_without_classes_is_refused_before_the_training(base: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "labelled").mkdir()
-    made = tuned(data, base, tmp_path / "r", labelled=tmp_path / "labelled", images=10**9)
+    made = tuned(data, base, tmp_path / "r", labelled=tmp_path / "labelled", images=2_000)
     refused(made, DataError, "has no folders of pictures")

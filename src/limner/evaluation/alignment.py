@@ -61,7 +61,7 @@ class Judged:
         return picture_features(clip, [record.path for record in self.records], BATCH)
 
     def ranks(self, clip: Clip) -> Ranks:
-        """Raises DataError where a picture can't be read."""
+        """How well all captions and pictures find each other. Raises DataError where a picture can't be read."""
         captions, owners = captions_of(self.records)
         return ranks(caption_features(clip, captions, BATCH), self.images(clip), owners)
 

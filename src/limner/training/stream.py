@@ -41,7 +41,7 @@ class Stream(Dataset[Example]):
     ) -> Generator[dict[str, Tensor], None, None]:
         """Batches of the positions first..last, this process's share of each; the last may run past `last`."""
         starts = range(first, last, batch_size)
-        shares = [list(range(start + rank, start + batch_size, world)) for start in starts]
+        shares = (list(range(start + rank, start + batch_size, world)) for start in starts)
         # Forked workers share the examples' memory, and end when their parent is killed.
         context = "fork" if workers and sys.platform == "linux" else None
         yield from DataLoader(self, batch_sampler=shares, num_workers=workers, multiprocessing_context=context)

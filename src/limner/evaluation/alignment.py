@@ -129,7 +129,8 @@ def _judge(folder: Path, config: TrainClipConfig, model: Path) -> tuple[dict[str
     if (adapter := adapters.find(str(model))) is not None:
         width = tuned.network.config.text_config.hidden_size
         tuned = Adapted(**vars(tuned), weight=adapters.load(adapter, width))
-    clips, report = {"tuned": tuned}, {"alpha": None}
+    clips: dict[str, Clip] = {"tuned": tuned}
+    report: dict[str, Any] = {"alpha": None}
     if config.model is not None:
         base = _load(config.model)
         clips = {"base": base, **clips}
@@ -210,6 +211,8 @@ class Painter:
 
     def __call__(self, clip: Clip) -> Tensor:
         """Pictures of all captions, seeds 0, 1, ... -> (N, 3, H, W) in [-1, 1]."""
+        assert self.spec.steps is not None  # as in any model of its own loop
+        assert self.spec.guidance is not None
         with loading.quiet():
             return paint(
                 self.unet.to(_device()),

@@ -187,7 +187,7 @@ def tuned(data: Path, clip: Path, out: Path, **values: Any) -> str:
 @pytest.fixture(scope="module")
 def plain(parts: dict[str, str], stages: Path) -> Path:
     """A model of the CLIP as it was before, drawn in few steps."""
-    return assemble.run(settings(parts, stages / "plain", steps=STEPS))
+    return assemble.run(settings(parts, stages / "assembled-plain", steps=STEPS))
 
 
 def drawn_by(folder: Path) -> torch.Tensor:

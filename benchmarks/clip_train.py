@@ -45,7 +45,6 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-import limner
 from limner.data.dataset import read_training_split
 
 RESULTS = Path(__file__).parent / "results" / "clip_train"
@@ -62,7 +61,7 @@ WORDS = (
     "grass water snow field street beach park ball shirt hat bike rock mountain camera crowd fence building"
 )
 
-Pairs = list[tuple[Path, str]]  # pictures and their captions
+Pairs = list[tuple[Path, str]]  # pictures and captions
 Figures = dict[str, float]
 Ready = tuple[int, list[list[int]]]  # parameters that are trained, and token ids of all captions
 
@@ -386,8 +385,7 @@ def main() -> None:
         "machine": chosen.name,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "limner": limner.__version__,
-        "packages": {"open_clip_torch": theirs.version} | {n: version(n) for n in ("torch", "transformers")},
+        "versions": {"open_clip": theirs.version} | {n: version(n) for n in ("limner", "torch", "transformers")},
         **{name: value for name, value in vars(chosen).items() if name not in ("name", "data")},
         "data": chosen.data.name if chosen.data else "drawn",
         **measured,

@@ -17,6 +17,7 @@ from limner.config import (
     StageConfig,
     TrainClipConfig,
     TrainConfig,
+    TrainLoraConfig,
     TrainUnetConfig,
     TrainVaeConfig,
 )
@@ -47,6 +48,7 @@ SMALLEST: dict[type[StageConfig], dict[str, Any]] = {
     TrainClipConfig: TRAINING | CLIP,
     TrainVaeConfig: TRAINING | VAE,
     TrainUnetConfig: TRAINING | UNET,
+    TrainLoraConfig: TRAINING | {"rank": 4},
     EncodeConfig: {"size": SIDE, "threads": 1},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from limner.errors import LimnerError, UserError
@@ -13,13 +14,13 @@ __version__ = "0.1.0"
 __all__ = ["LimnerError", "UserError", "__version__", "load"]
 
 
-def load(model: str = "builtin", *, device: str | None = None) -> Model:
-    """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id.
+def load(model: str = "builtin", *, device: str | None = None, loras: Sequence[str] = ()) -> Model:
+    """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id, with LoRAs, each FILE or FILE:WEIGHT.
 
     >>> limner.load("builtin")("A dog on a beach.", seed=7).save("pictures")
 
-    Raises ModelError when it can't be found, fetched or read.
+    Raises ModelError when one can't be found, fetched or read, or when a LoRA doesn't fit the model.
     """
     from limner.generation.model import Model
 
-    return Model.load(model, device=device)
+    return Model.load(model, device, loras)

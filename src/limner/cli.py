@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train = typer.Typer(help="Train CLIP, the VAE or the U-Net.", no_args_is_help=True)
+train = typer.Typer(help="Train CLIP, the VAE, the U-Net or a LoRA for it.", no_args_is_help=True)
 app.add_typer(train, name="train")
 
 OURS: dict[str, tuple[Any, Any, str]] = {
@@ -139,6 +139,7 @@ for _group, _name, _config, _stage in (
     (train, "vae", configs.TrainVaeConfig, "train_vae"),
     (app, "encode", configs.EncodeConfig, "encode"),
     (train, "unet", configs.TrainUnetConfig, "train_unet"),
+    (train, "lora", configs.TrainLoraConfig, "train_unet"),
     (app, "assemble", configs.AssembleConfig, "assemble"),
 ):
     _group.command(_name)(_command(_config, _stage))

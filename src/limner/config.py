@@ -277,6 +277,9 @@ class TrainUnetConfig(TrainConfig):
     """What a new U-Net predicts; one that is given keeps its own."""
     levels: Literal["logit-normal", "uniform"] = "logit-normal"
     """Distribution of the noise levels in training."""
+    tune: Annotated[Literal["full", "attention", "cross_attention_kv"], FLAG] = "full"
+    """What of a given U-Net is trained: all; attention; or keys and values of cross-attention alone, which read the
+    token states and so get it used to a tuned CLIP."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of the images that are trained without their caption, which guidance needs."""
     ema_halflife: float = Field(default=10_000, ge=0)
@@ -299,6 +302,29 @@ class TrainUnetConfig(TrainConfig):
         if bad := [c for c in self.channels if c % self.head_width]:
             raise ValueError(f"channels {bad[0]} is not divisible by head_width {self.head_width}")
         return self
+
+    @model_validator(mode="after")
+    def _tunable(self) -> Self:
+        if self.model is None and self.tune != "full":
+            raise ValueError("a new U-Net has nothing worth keeping yet; use tune=full, or name a model")
+        return self
+
+
+class TrainLoraConfig(TrainUnetConfig):
+    """Train low-rank additions to a U-Net (LoRA): a small file that changes what the model draws."""
+
+    model: Annotated[str, FLAG]
+    """The model that the additions are for: `builtin`, a `train unet` run, a model folder or a hub id."""
+    lr: Annotated[PositiveFloat, FLAG] = 1e-4
+    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
+    tune: Annotated[Literal["full", "attention", "cross_attention_kv"], FLAG] = "attention"
+    """Which layers get additions: all; those of attention; or keys and values of cross-attention alone."""
+    rank: Annotated[PositiveInt, FLAG] = 16
+    """Rank of the additions: higher learns more, and makes a larger file."""
+    alpha: Annotated[PositiveFloat | None, FLAG] = None
+    """The additions are multiplied by alpha / rank; the rank when left out."""
+    dora: Annotated[bool, FLAG] = False
+    """Learn the length of each row of weights apart from its direction (DoRA); only Diffusers and Limner load that."""
 
 
 class AssembleConfig(StageConfig):
@@ -345,6 +371,8 @@ class GenerateConfig(StageConfig):
     """Pixels as SIDE or WIDTHxHEIGHT; the model's own when left out."""
     model: Annotated[str, FLAG] = "builtin"
     """`builtin`, a Diffusers folder or a hub id."""
+    loras: Annotated[tuple[str, ...], Flag(("--lora",))] = ()
+    """LoRA to draw with, a safetensors file or a `train lora` run, as FILE or FILE:WEIGHT; may be repeated."""
     out: Annotated[Path, FLAG] = Path("pictures")
     """Folder for the pictures."""
     device: Annotated[str | None, FLAG] = None

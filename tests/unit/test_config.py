@@ -23,8 +23,8 @@ from limner.settings import PRESETS, resolve
 
 def concrete(cls: type[StageConfig] = StageConfig) -> list[type[StageConfig]]:
     """The configurations that a command takes."""
-    below = [leaf for sub in cls.__subclasses__() if sub.__module__ == configs.__name__ for leaf in concrete(sub)]
-    return below or [cls]
+    below = [found for sub in cls.__subclasses__() if sub.__module__ == configs.__name__ for found in concrete(sub)]
+    return below if cls in (StageConfig, TrainConfig) else [cls, *below]
 
 
 CONFIGS = concrete()
@@ -35,6 +35,7 @@ NEEDED: dict[type[StageConfig], dict[str, Any]] = {
     ClipConfig: {"data": "d", "out": "r"},
     VaeConfig: {"data": "d", "out": "r"},
     UnetConfig: {"data": "d", "out": "r", "sample_prompts": ["A dog.", "Ein Hund läuft."]},
+    configs.TrainLoraConfig: {"data": "d", "model": "m", "out": "r"},
     EncodeConfig: {"data": "d", "vae": "v", "clip": "c", "out": "r"},
     configs.AssembleConfig: {"clip": "c", "vae": "v", "unet": "u", "out": "m"},
 }
@@ -293,6 +294,9 @@ WRONG: dict[str, list[str]] = {
         "--precision",
         "int8",
     ],
+    "train lora: no model": ["train", "lora", *TRAINED],
+    "train lora: no rank": ["train", "lora", *TRAINED, "--model", "m", "--rank", "0"],
+    "train unet: a part of a new one": ["train", "unet", *TRAINED, "--tune", "attention"],
     **{
         f"train {name}: {what}": ["train", name, *arguments]
         for name in ("clip", "vae", "unet")
@@ -346,11 +350,11 @@ def test_a_command_that_needs_another_shows_its_help(
     assert "limner: " not in err
 
 
-@pytest.mark.parametrize("command", ["generate", "prepare", "encode", "assemble", "clip", "vae", "unet"])
+@pytest.mark.parametrize("command", ["generate", "prepare", "encode", "assemble", "clip", "vae", "unet", "lora"])
 def test_help_names_every_default(
     command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    training = command in {"clip", "vae", "unet"}
+    training = command in {"clip", "vae", "unet", "lora"}
     cls = next(c for c in CONFIGS if c.__name__.removesuffix("Config").removeprefix("Train").lower() == command)
     assert main([*(["train"] if training else []), command, "--help"], monkeypatch) == 0
     out = capfd.readouterr().out

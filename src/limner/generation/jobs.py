@@ -13,6 +13,7 @@ from typing import Any
 from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
 from limner.models import hub, loading
+from limner.models.lora import Lora, find
 
 STABLE_DIFFUSION = {
     "text_encoder": loading.CLASSES["text_encoder"],
@@ -105,6 +106,13 @@ def _defaults(folder: Path) -> tuple[int | None, float | None]:
     except (KeyError, TypeError, ValueError, ConfigError):
         raise ModelError(f"The defaults in {file} can't be used; name steps and guidance there.") from None
     return steps, guidance
+
+
+def read_loras(spec: Spec, texts: Sequence[str]) -> tuple[Lora, ...]:
+    """The LoRAs to draw with, each FILE or FILE:WEIGHT. Raises ModelError or ConfigError as `lora.find` does."""
+    if texts and not spec.own_loop:
+        raise ModelError(f"{spec.ref} is a {spec.pipeline}; a LoRA can be added to Stable Diffusion 1 and 2 only.")
+    return tuple(find(text) for text in texts)
 
 
 def make_jobs(

@@ -17,7 +17,9 @@ from limner import artifacts
 from limner.errors import ConfigError
 from limner.generation import painters, provenance
 from limner.generation.engine import OnStep
-from limner.generation.jobs import Job, Spec, make_jobs, read_spec
+from limner.generation.jobs import Job, Spec, make_jobs, read_loras, read_spec
+from limner.models import lora
+from limner.models.lora import Lora
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,16 +56,28 @@ class Pictures:
 class Model:
     """A text-to-image model on a device."""
 
-    def __init__(self, spec: Spec, device: str | None = None) -> None:
-        """Load what `spec` describes. Raises ModelError, or ConfigError for a device that is not there."""
+    def __init__(self, spec: Spec, device: str | None = None, loras: Sequence[Lora] = ()) -> None:
+        """Load what `spec` describes, and add LoRAs to it.
+
+        Raises ModelError, also where a LoRA doesn't fit, or ConfigError for a device that is not there.
+        """
         self.spec = spec
         self.device = choose_device(device)
+        self.loras = loras
         self.painter = painters.new(spec, self.device)
+        if loras:
+            assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_loras` makes sure
+            lora.fuse(loras, {"unet": self.painter.unet, "text_encoder": self.painter.text_encoder})
 
     @classmethod
-    def load(cls, ref: str, device: str | None = None) -> Self:
-        """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one. Raises as `Model` does."""
-        return cls(read_spec(ref), device)
+    def load(cls, ref: str, device: str | None = None, loras: Sequence[str] = ()) -> Self:
+        """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one; add LoRAs, each FILE or
+        FILE:WEIGHT.
+
+        Raises as `Model` does, and where a LoRA can't be read.
+        """
+        spec = read_spec(ref)
+        return cls(spec, device, read_loras(spec, loras))
 
     def __call__(
         self,
@@ -110,7 +124,10 @@ class Model:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """The model for a picture's record: name, scheduler, and the sha256 of each weight file and of all together."""
+        """The model for a picture's record: name, scheduler, LoRAs, the sha256 of each weight file and of all together.
+
+        LoRAs have their own sha256; that of all together is the model's without them.
+        """
         weights = {
             f"{part}/{name}": digest
             for part in self.spec.parts
@@ -125,6 +142,10 @@ class Model:
             "scheduler": scheduler,
             "weights": weights,
             "sha256": together.hexdigest(),
+            "loras": [
+                {"ref": added.ref, "sha256": artifacts.sha256(added.file), "weight": added.weight}
+                for added in self.loras
+            ],
         }
 
     @functools.cached_property

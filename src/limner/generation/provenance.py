@@ -51,6 +51,8 @@ def parameters(record: dict[str, Any]) -> str:
         "Model": model["ref"],
         "Version": f"limner {record['versions']['limner']}",
     }
+    if added := [f"{Path(lora['ref']).name}:{lora['weight']:g}" for lora in model["loras"]]:
+        settings["Loras"] = ", ".join(added)
     line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items())
     negative = [f"Negative prompt: {record['negative']}"] if record["negative"] else []
     return "\n".join([record["prompt"], *negative, line])

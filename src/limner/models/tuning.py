@@ -17,6 +17,7 @@ from limner.config import TrainClipConfig
 from limner.errors import ConfigError
 from limner.models.adapter import FILE
 from limner.models.clip import Clip
+from limner.models.lora import require_peft
 
 TOWERS = {"text": ("text_model", "text_projection"), "image": ("vision_model", "visual_projection")}
 MATRICES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of a layer, to which low-rank ones are added
@@ -103,18 +104,14 @@ class Tuning:
 
 def _with_lora(network: Any, config: TrainClipConfig) -> Any:
     """Add low-rank matrices to those of the layers (Hu et al. 2106.09685), in place; all else is frozen."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ConfigError("tune=lora needs PEFT: pip install 'limner[train]'; or use tune=full.") from None
     towers = "|".join(parts[0] for name, parts in TOWERS.items() if name != config.lock)
     names = "|".join(MATRICES)
     matrices = rf".*({towers})\.encoder\..*\.({names})"  # SigLIP's head has some by these names too
+    peft = require_peft()
+    wanted = peft.LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=matrices)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PEFT's calls of Transformers
-        lora = get_peft_model(
-            network, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=matrices)
-        )
+        lora = peft.get_peft_model(network, wanted)
     lora.peft_config["default"].base_model_name_or_path = config.model  # not where the hub's cache has it
     return lora
 

@@ -11,8 +11,9 @@ from typing import Any
 from limner.config import GenerateConfig
 from limner.errors import ConfigError
 from limner.generation import prompts as texts
-from limner.generation.jobs import Job, Spec, count_parameters, make_jobs, read_spec
+from limner.generation.jobs import Job, Spec, count_parameters, make_jobs, read_loras, read_spec
 from limner.models import hub, loading
+from limner.models.lora import Lora
 
 OWN = "the pipeline's own"
 
@@ -22,11 +23,11 @@ def run(config: GenerateConfig) -> None:
 
     Raises ConfigError and ModelError before anything is loaded where the settings can tell.
     """
-    spec, jobs = _read(config, None)
+    spec, loras, jobs = _read(config, None)
     from limner.generation.model import Model
     from limner.progress import progress
 
-    model = Model(spec, config.device)
+    model = Model(spec, config.device, loras)
     jobs = model.settle(jobs)
     with progress("Drawing", sum(job.steps or 0 for job in jobs)) as advance:
         for picture in model.draw(jobs, batch_size=config.batch_size, on_step=advance):
@@ -40,11 +41,12 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     if loading.is_hub_id(config.model) and cached is None:
         pictures = len(_prompts(config)) * config.n
         return {"model": f"{config.model}, to be fetched; its size is not known yet", "pictures": pictures}
-    spec, jobs = _read(config, cached)
+    spec, loras, jobs = _read(config, cached)
     first, counts = jobs[0], count_parameters(spec)
     last_seed = config.seed + config.n - 1
     return {
         "model": f"{spec.ref} ({spec.pipeline})",
+        **({"LoRAs": ", ".join(f"{lora.ref} at {lora.weight:g}" for lora in loras)} if loras else {}),
         "parameters": ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in counts.items()),
         "memory": f"{sum(counts.values()) * 4 / 2**20:,.0f} MiB for the weights, more while drawing",
         "pictures": f"{len(jobs)} ({config.n} a prompt), {_shown_size(first)}",
@@ -60,11 +62,12 @@ def _shown_size(job: Job) -> str:
     return f"{job.width}x{job.height} pixels" if job.width else f"size: {OWN}"
 
 
-def _read(config: GenerateConfig, folder: Path | None) -> tuple[Spec, list[Job]]:
-    """The model's own settings, read from `folder` where that is known already, and the jobs."""
+def _read(config: GenerateConfig, folder: Path | None) -> tuple[Spec, tuple[Lora, ...], list[Job]]:
+    """The model's own settings, read from `folder` where that is known already, the LoRAs, and the jobs."""
     prompts = _prompts(config)
     _check_out(config.out)
     spec = read_spec(config.model, folder)
+    loras = read_loras(spec, config.loras)
     jobs = make_jobs(
         spec,
         prompts,
@@ -75,7 +78,7 @@ def _read(config: GenerateConfig, folder: Path | None) -> tuple[Spec, list[Job]]
         negative=config.negative,
         size=config.size,
     )
-    return spec, jobs
+    return spec, loras, jobs
 
 
 def _prompts(config: GenerateConfig) -> Sequence[str]:

@@ -1,4 +1,7 @@
-"""`limner train unet`: the network that turns noise into latents under the token states of a caption."""
+"""`limner train unet`: the network that turns noise into latents under the token states of a caption.
+
+`limner train lora` is the same training, of low-rank additions to such a network.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from limner.artifacts import identity, read_json, write_json
-from limner.config import EncodeConfig, TrainUnetConfig
+from limner.config import EncodeConfig, TrainLoraConfig, TrainUnetConfig
 from limner.data.latents import LatentCache
 from limner.data.pictures import may_flip, save_grid
 from limner.diffusion import objectives, schedulers
 from limner.errors import DataError, ModelError
 from limner.generation.engine import denoise, encode_prompts, initial_noise
-from limner.models import loading, unet
+from limner.models import gate, loading, lora, unet
 from limner.models import vae as vaes
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example, Stream
@@ -28,7 +31,7 @@ STEPS, GUIDANCE = 20, 4.0  # of samples
 
 
 def run(config: TrainUnetConfig) -> Path:
-    """Train, or go on where the run stopped. -> the run folder, with `model/unet` and `model/scheduler`.
+    """Train, or go on where the run stopped. -> the run folder, with `model/unet` and `model/scheduler`, or a LoRA.
 
     Raises DataError, ModelError, ConfigError or RunError in one sentence.
     """
@@ -49,7 +52,7 @@ class TrainUnet:
     """The task: predict data, noise or what lies between, from noised latents and token states."""
 
     def __init__(self, config: TrainUnetConfig) -> None:
-        """Raises DataError or ModelError."""
+        """Raises DataError, ModelError or ConfigError."""
         self.config = config
         self.train, self.val = LatentCache(config.data, "train"), LatentCache(config.data, "val")
         if not len(self.val):
@@ -75,6 +78,10 @@ class TrainUnet:
             self.network = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
             self._check_fit()
+            if isinstance(config, TrainLoraConfig):
+                lora.add(self.network, config)
+            else:
+                unet.freeze_others(self.network, config.tune)
         self.objective = schedulers.objective_of(self.scheduler)
         self.betas = getattr(self.scheduler, "betas", None)
         self.rates: dict[str, float] = {}
@@ -91,6 +98,10 @@ class TrainUnet:
                     f"The U-Net of {self.config.model} wants {what.format(wanted)}, and {self.config.data} has "
                     f"{given}; encode with the VAE and CLIP that it was trained with."
                 )
+        if isinstance(self.config, TrainLoraConfig):  # whose model goes on reading the text encoder that it has
+            text = read_json(self.config.data / "manifest.json").get("text") or {}
+            read = gate.wanted(self.config.model)
+            gate.check(gate.TextFacts(**text), read, clip=self.encoded.clip, unet=self.config.model)
 
     def _prompt_states(self) -> tuple[Tensor, Tensor]:
         """Token states of what is drawn at each validation, and of the empty prompt -> (P, L, D), (1, L, D)."""
@@ -165,6 +176,10 @@ class TrainUnet:
         save_grid(vaes.decode(vae, latents), path, columns=4)
 
     def save(self, folder: Path) -> None:
-        """Write `folder/unet` and `folder/scheduler`."""
+        """Write `folder/unet` and `folder/scheduler`, or the files of a LoRA."""
+        if isinstance(self.config, TrainLoraConfig):
+            about = {"base_model": self.config.model, "base_model_sha256": self.parents["model"]}
+            lora.save(self.network, folder, about)
+            return
         self.network.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")

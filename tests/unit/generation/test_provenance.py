@@ -28,6 +28,7 @@ MODEL: dict[str, Any] = {
     "scheduler": {"_class_name": "DDIMScheduler"},
     "weights": {"unet/a.safetensors": "0" * 64},
     "sha256": "abcdef" + "0" * 58,
+    "loras": [],
 }
 DEVICE = {"type": "cpu", "name": "x86_64", "threads": 2}
 IMAGE = Image.new("RGB", (16, 16), "red")
@@ -77,6 +78,13 @@ def test_parameters_are_those_of_a1111() -> None:
 def test_a_model_name_with_a_comma_is_quoted() -> None:
     text = provenance.parameters({**record(), "model": {**MODEL, "ref": "a, b"}})
     assert 'Model: "a, b", Version' in text
+
+
+def test_loras_are_among_the_parameters() -> None:
+    loras = [{"ref": "runs/snow.safetensors", "weight": 0.5}, {"ref": "ice", "weight": 1.0}]
+    text = provenance.parameters({**record(), "model": {**MODEL, "loras": loras}})
+    assert text.endswith(', Loras: "snow.safetensors:0.5, ice:1"')
+    assert "Loras" not in provenance.parameters(record())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
 from limner.config import TrainLoraConfig
@@ -76,14 +77,23 @@ def save(unet: Any, folder: Path, about: dict[str, str]) -> None:
         "unet.use_dora": settings.use_dora,
         "unet.target_modules": sorted(settings.target_modules),
     }
-    save_file(tensors, folder / FILE, {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(kept), **about})
+    _write(folder / FILE, tensors, {LORA_ADAPTER_METADATA_KEY: json.dumps(kept), **about})
     if not settings.use_dora:
         kohya = convert_state_dict_to_kohya(tensors)
         for name in kohya:
             if name.endswith(".alpha"):  # where Diffusers puts the rank
                 kohya[name] = torch.tensor(float(settings.lora_alpha))
         sizes = {"ss_network_dim": str(settings.r), "ss_network_alpha": f"{settings.lora_alpha:g}"}
-        save_file(kohya, folder / KOHYA_FILE, {"format": "pt", **sizes, **about})
+        _write(folder / KOHYA_FILE, kohya, {**sizes, **about})
+
+
+def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write a safetensors file whose head has its entries in this order; the library's own is another each time."""
+    content = serialised(tensors)
+    end = 8 + int.from_bytes(content[:8], "little")
+    head = json.dumps({"__metadata__": {"format": "pt", **about}, **json.loads(content[8:end])}).encode()
+    head += b" " * (-len(head) % 8)
+    file.write_bytes(len(head).to_bytes(8, "little") + head + content[end:])
 
 
 # ---- drawing

@@ -64,6 +64,7 @@ def tuned_layers(network: nn.Module, tune: str) -> list[str]:
 def freeze_others(network: nn.Module, tune: str) -> None:
     """Leave only what `tune` means to be trained. Raises ModelError as `tuned_layers` does."""
     if tune != "full":  # which is more than layers: norms too
+        chosen = tuned_layers(network, tune)
         network.requires_grad_(False)
-        for name in tuned_layers(network, tune):
+        for name in chosen:
             network.get_submodule(name).requires_grad_(True)

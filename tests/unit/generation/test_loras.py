@@ -1,10 +1,11 @@
-"""A LoRA changes a picture as it does in Diffusers, costs nothing while drawing, and is refused where it doesn't fit."""
+"""A LoRA changes a picture as it does in Diffusers, and is refused where it doesn't fit."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +217,12 @@ def test_a_lora_for_another_architecture_is_refused_by_its_first_misfit(folder: 
     wider = made(tmp_path / "wider", unet={"cross_attention_dim": WIDTH + 8})
     for file in (wider / lora.FILE, wider / lora.KOHYA_FILE):
         said = ("attn2.to_k.lora_A.weight is of shape (4, 40), for weights of shape (32, 32)", "choose one")
-        refused(ModelError, lambda: ours(folder, f"{file}:0"), *said)
+        refused(ModelError, partial(ours, folder, f"{file}:0"), *said)
     narrower = made(tmp_path / "narrower", unet={"block_out_channels": (16, 16)})
     refused(ModelError, lambda: ours(folder, narrower), "is of shape (4, 16), for weights of shape (32, 32)")
     taller = made(tmp_path / "taller", unet={"down_block_types": ("CrossAttnDownBlock2D",) * 2})
     for file in (taller / lora.FILE, taller / lora.KOHYA_FILE):
-        refused(ModelError, lambda: ours(folder, file), "it changes down_blocks.0.attentions", "which is not there")
+        refused(ModelError, partial(ours, folder, file), "it changes down_blocks.0.attentions", "which is not there")
     dora = made(tmp_path / "dora", dora=True) / lora.FILE
     tensors = {name: t[:3] if "magnitude" in name else t for name, t in load_file(dora).items()}
     save_file(tensors, dora)
@@ -254,7 +255,7 @@ def test_what_is_no_lora_is_refused_before_the_model_is_loaded(folder: Path, tmp
     save_file({}, file)
     refused(ModelError, read, "is empty")
     for weight in ("nan", "inf"):
-        refused(ConfigError, lambda: read_loras(spec, [f"{file}:{weight}"]), "must be a finite number")
+        refused(ConfigError, partial(read_loras, spec, [f"{file}:{weight}"]), "must be a finite number")
 
 
 def test_kinds_that_diffusers_would_read_by_half_are_refused(folder: Path, tmp_path: Path) -> None:

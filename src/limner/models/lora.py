@@ -43,7 +43,7 @@ def require_peft() -> Any:
 
 
 def add(unet: Any, config: TrainLoraConfig) -> None:
-    """Add low-rank matrices to the layers of `config.tune`, in place; they begin as zero, and all else is frozen.
+    """Add low-rank matrices to the layers of `config.tune`, in place; they begin as zero, and PEFT freezes all else.
 
     Raises ModelError where there are no such layers, ConfigError without PEFT.
     """
@@ -53,7 +53,6 @@ def add(unet: Any, config: TrainLoraConfig) -> None:
         target_modules=tuned_layers(unet, config.tune),
         use_dora=config.dora,
     )
-    unet.requires_grad_(False)
     unet.add_adapter(settings, ADAPTER)
 
 

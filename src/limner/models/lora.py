@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from limner.config import TrainLoraConfig
 from limner.errors import ConfigError, ModelError
 from limner.models import loading
-from limner.models.unet import tuned_layers
+from limner.models.layers import tuned_layers
 
 FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 ADAPTER = "default"  # PEFT's name for additions, which no file has

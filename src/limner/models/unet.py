@@ -1,14 +1,11 @@
-"""A new U-Net, and which layers of a given one are trained."""
+"""A new U-Net."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from torch import nn
-
 from limner.config import TrainUnetConfig
-from limner.errors import ModelError
 
 NORM_GROUPS = 32  # of Stable Diffusion; fewer where the channels don't divide
 
@@ -35,36 +32,3 @@ def new(config: TrainUnetConfig, *, side: int, latent_channels: int, state_width
         cross_attention_dim=state_width,
         norm_num_groups=math.gcd(NORM_GROUPS, *config.channels),
     )
-
-
-def tuned_layers(network: nn.Module, tune: str) -> list[str]:
-    """Names of the linear maps and convolutions of a U-Net that `tune` means: `full`, `attention` for the projections
-    of attention, `cross_attention_kv` for keys and values of what attends to token states.
-
-    Custom Diffusion tunes the last of them (Kumari et al. 2212.04488, section 3.2). Raises ModelError where there
-    are none.
-    """
-    from diffusers.models.attention_processor import Attention
-
-    if tune == "full":
-        return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    chosen = [
-        f"{place}.{name}"
-        for place, block in network.named_modules()
-        if isinstance(block, Attention)
-        for name, layer in block.named_modules()
-        if isinstance(layer, nn.Linear)
-        and (tune == "attention" or (block.is_cross_attention and name in ("to_k", "to_v")))
-    ]
-    if not chosen:
-        raise ModelError("The U-Net has no such attention; train it with tune=full.")
-    return chosen
-
-
-def freeze_others(network: nn.Module, tune: str) -> None:
-    """Leave only what `tune` means to be trained. Raises ModelError as `tuned_layers` does."""
-    if tune != "full":  # which is more than layers: norms too
-        chosen = tuned_layers(network, tune)
-        network.requires_grad_(False)
-        for name in chosen:
-            network.get_submodule(name).requires_grad_(True)

@@ -19,7 +19,7 @@ from limner.data.pictures import may_flip, save_grid
 from limner.diffusion import objectives, schedulers
 from limner.errors import DataError, ModelError
 from limner.generation.engine import denoise, encode_prompts, initial_noise
-from limner.models import gate, loading, lora, unet
+from limner.models import gate, layers, loading, lora, unet
 from limner.models import vae as vaes
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example, Stream
@@ -81,7 +81,7 @@ class TrainUnet:
             if isinstance(config, TrainLoraConfig):
                 lora.add(self.network, config)
             else:
-                unet.freeze_others(self.network, config.tune)
+                layers.freeze_others(self.network, config.tune)
         self.objective = schedulers.objective_of(self.scheduler)
         self.betas = getattr(self.scheduler, "betas", None)
         self.rates: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""A new U-Net has the sizes that were set, and of a given one only what is asked for is trained."""
+"""A new U-Net has the sizes that were set."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from limner.config import TrainUnetConfig
-from limner.errors import ModelError
 from limner.models import unet
 from limner.settings import resolve
-from tiny import tiny_unet
 
 
 def config(**settings: object) -> TrainUnetConfig:
@@ -54,24 +52,3 @@ def test_it_reads_caption_and_noise_level() -> None:
 
     assert not torch.equal(answer(10, 0), answer(10, 1))
     assert not torch.equal(answer(10, 0), answer(10.5, 0)), "levels between whole timesteps are told apart"
-
-
-def test_cross_attention_is_what_reads_token_states() -> None:
-    """Some U-Nets, such as Stable Diffusion's upscaler, attend to the text in the first place too."""
-    network = tiny_unet(only_cross_attention=[False, True], mid_block_only_cross_attention=False)
-    chosen = unet.tuned_layers(network, "cross_attention_kv")
-    reads = [place for place, m in network.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
-    assert chosen == [f"{place}.{name}" for place in reads for name in ("to_k", "to_v")]
-    assert {place[-5:] for place in reads} == {"attn1", "attn2"}
-    assert len(unet.tuned_layers(network, "attention")) == 4 * 2 * 4
-
-
-def test_a_unet_without_attention_is_trained_in_full_only() -> None:
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
-    network = tiny_unet(**blocks)
-    assert "conv_in" in unet.tuned_layers(network, "full")
-    for tune in ("attention", "cross_attention_kv"):
-        with pytest.raises(ModelError, match="no such attention; train it with tune=full"):
-            unet.freeze_others(network, tune)
-    unet.freeze_others(network, "full")
-    assert all(parameter.requires_grad for parameter in network.parameters())

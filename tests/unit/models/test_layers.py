@@ -1,0 +1,31 @@
+"""Of a given U-Net only what is asked for is trained."""
+
+from __future__ import annotations
+
+import pytest
+from diffusers.models.attention_processor import Attention
+
+from limner.errors import ModelError
+from limner.models import layers
+from tiny import tiny_unet
+
+
+def test_cross_attention_is_what_reads_token_states() -> None:
+    """Some U-Nets, such as Stable Diffusion's upscaler, attend to the text in the first place too."""
+    network = tiny_unet(only_cross_attention=[False, True], mid_block_only_cross_attention=False)
+    chosen = layers.tuned_layers(network, "cross_attention_kv")
+    reads = [place for place, m in network.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
+    assert chosen == [f"{place}.{name}" for place in reads for name in ("to_k", "to_v")]
+    assert {place[-5:] for place in reads} == {"attn1", "attn2"}
+    assert len(layers.tuned_layers(network, "attention")) == 4 * 2 * 4
+
+
+def test_a_unet_without_attention_is_trained_in_full_only() -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    network = tiny_unet(**blocks)
+    assert "conv_in" in layers.tuned_layers(network, "full")
+    for tune in ("attention", "cross_attention_kv"):
+        with pytest.raises(ModelError, match="no such attention; train it with tune=full"):
+            layers.freeze_others(network, tune)
+    layers.freeze_others(network, "full")
+    assert all(parameter.requires_grad for parameter in network.parameters())

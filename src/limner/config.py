@@ -155,6 +155,18 @@ class TrainVaeConfig(TrainConfig):
     """Weight of the mean squared error beside the mean absolute error."""
     perceptual_weight: float = Field(default=0.1, ge=0)
     """Weight of the distance of EfficientNet-Lite0 features (needs its two packages); 0 turns it off."""
+    adversarial_weight: float = Field(default=0.0, ge=0)
+    """Weight of what a patch discriminator, trained beside, says: to sharpen a VAE that is trained already."""
+    equivariance: float = Field(default=0.0, ge=0, le=1)
+    """Share of the pictures that are to come back turned or smaller from latents turned or shrunk (EQ-VAE)."""
+
+    @model_validator(mode="after")
+    def _sharpens(self) -> Self:
+        if self.adversarial_weight and self.model is None:
+            raise ValueError(
+                "adversarial_weight is for a VAE that is trained already; train one without it and name it with model"
+            )
+        return self
 
 
 class TrainClipConfig(TrainConfig):

@@ -9,6 +9,8 @@ from limner.errors import ModelError
 
 PREDICTION_TYPES: dict[str, Objective] = {"flow_prediction": "flow", "epsilon": "eps", "v_prediction": "v"}
 """Diffusers' names for the objectives."""
+SCHEDULE = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+"""Settings of a scheduler that say at which noise levels a U-Net was trained."""
 
 
 def new(objective: Objective) -> Any:
@@ -42,3 +44,26 @@ def objective_of(scheduler: Any) -> Objective:
             f"Limner can't train a U-Net with a {name} that predicts {prediction_type}; choose another model."
         )
     return objective
+
+
+def for_few_steps(scheduler: Any) -> Any:
+    """DDIM for a student of the U-Net beside this scheduler, with the same noise schedule, as plain Diffusers has it.
+
+    First-order DPM-Solver++ is DDIM (Lu et al. 2211.01095, section 4). Its steps begin at pure noise and end at data,
+    and the levels of more steps contain those of fewer. Raises ModelError as `objective_of`.
+    """
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    objective = objective_of(scheduler)
+    prediction_type = next(name for name, known in PREDICTION_TYPES.items() if known == objective)
+    schedule = {name: scheduler.config[name] for name in SCHEDULE if name in scheduler.config}
+    return DPMSolverMultistepScheduler(
+        **schedule,
+        num_train_timesteps=TIMESTEPS,
+        prediction_type=prediction_type,
+        use_flow_sigmas=objective == "flow",
+        flow_shift=scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0)),
+        solver_order=1,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )

@@ -47,7 +47,8 @@ class Mixture:
         own = [points[nearest == k] for k in range(len(self.modes))]
         shares = torch.tensor([len(some) / len(points) for some in own])
         centres = torch.stack([some.mean(0) for some in own])
-        return shares, centres, torch.stack([some.std(0, correction=0).mean() for some in own])
+        deviations = [(some - some.mean(0)).square().mean(0).sqrt().mean() for some in own]
+        return shares, centres, torch.stack(deviations)
 
 
 THREE = Mixture(torch.tensor([[-1.2, 0.6], [0.9, 0.9], [0.6, -1.2]]), torch.tensor([0.5, 0.3, 0.2]), 0.2)

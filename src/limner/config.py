@@ -282,8 +282,7 @@ class TrainUnetConfig(TrainConfig):
     zero_terminal_snr: bool = False
     """Train and sample from pure noise, so that pictures may be dark or bright all over; for U-Nets that predict v."""
     noise_offset: float = Field(default=0.0, ge=0)
-    """Deviation of what is added to a channel's noise all over a picture, for what zero_terminal_snr does exactly; 0.1
-    is usual."""
+    """Deviation of a constant added to each channel's noise, for dark and bright pictures with eps; often 0.1."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of the images that are trained without their caption, which guidance needs."""
     ema_halflife: float = Field(default=10_000, ge=0)

@@ -136,7 +136,8 @@ def test_the_scheduler_of_a_given_unet_is_changed_for_zero_terminal_snr(latents:
     task.save(tmp_path / "saved")
     scheduler = loading.load_scheduler(str(tmp_path / "saved"))
     assert type(scheduler) is DDIMScheduler
-    assert scheduler.config == {**given.config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    before, after = ({n: v for n, v in each.config.items() if n[0] != "_"} for each in (given, scheduler))
+    assert after == {**before, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     assert torch.equal(task.betas, scheduler.betas), "trained as it samples"
 
 

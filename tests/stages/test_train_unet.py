@@ -75,6 +75,8 @@ def test_a_noise_offset_changes_the_noise_alone_and_is_the_examples_own(latents:
         assert_close(added, added[:, :1, :1].expand_as(added))
         assert added.abs().max() > 0.01
     assert torch.equal(task.stream[7]["noise"], offset[7]["noise"])  # type: ignore[arg-type]
+    means = torch.stack([example["draw"].mean(dim=(1, 2)) for example in offset])  # type: ignore[attr-defined]  # (20, C)
+    assert means.std() < 0.25, "what is drawn of the moments has no offset"
 
 
 @torch.no_grad()

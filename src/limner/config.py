@@ -287,8 +287,14 @@ class TrainUnetConfig(TrainConfig):
     """Images a step, over all processes."""
     objective: Annotated[Literal["flow", "eps", "v"], FLAG] = "flow"
     """What a new U-Net predicts; one that is given keeps its own."""
-    levels: Literal["logit-normal", "uniform"] = "logit-normal"
+    levels: Literal["logit-normal", "uniform", "cosine"] = "logit-normal"
     """Distribution of the noise levels in training."""
+    min_snr: PositiveFloat | None = None
+    """Gamma of min-SNR weighting, 5 in its paper, so that low noise levels count less; all count the same without."""
+    zero_terminal_snr: bool = False
+    """Train and sample from pure noise, so that pictures may be dark or bright all over; for U-Nets that predict v."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """Deviation of a constant added to each channel's noise, for dark and bright pictures with eps; often 0.1."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of the images that are trained without their caption, which guidance needs."""
     ema_halflife: float = Field(default=10_000, ge=0)
@@ -310,6 +316,24 @@ class TrainUnetConfig(TrainConfig):
             raise ValueError("attention and channels differ in length; give one entry a resolution")
         if bad := [c for c in self.channels if c % self.head_width]:
             raise ValueError(f"channels {bad[0]} is not divisible by head_width {self.head_width}")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_in_noise(self) -> Self:
+        if not self.zero_terminal_snr:
+            return self
+        if self.model is None and self.objective != "v":
+            raise ValueError(
+                "zero_terminal_snr is for objective=v, since of pure noise eps learns nothing and flow begins with it "
+                "anyway; set objective=v or leave it out"
+            )
+        if self.levels == "logit-normal":
+            raise ValueError(
+                "zero_terminal_snr is learned at the last step, which levels=logit-normal all but never draws; "
+                "set levels=uniform or levels=cosine"
+            )
+        if self.min_snr is not None:
+            raise ValueError("min_snr gives no weight to the last step, which zero_terminal_snr is for; leave out one")
         return self
 
 

@@ -65,6 +65,31 @@ def test_a_caption_with_a_side_is_never_shown_mirrored(latents: Path, tmp_path: 
         assert any(torch.equal(example["moments"], view) for view in plain)  # type: ignore[arg-type]
 
 
+def test_a_noise_offset_changes_the_noise_alone_and_is_the_examples_own(latents: Path, tmp_path: Path) -> None:
+    _, plain = examples(latents, tmp_path, 20)
+    task, offset = examples(latents, tmp_path, 20, noise_offset=0.5)
+    for before, after in zip(plain, offset):
+        assert before["t"] == after["t"]
+        assert torch.equal(before["moments"], after["moments"])  # type: ignore[arg-type]
+        added = after["noise"] - before["noise"]  # type: ignore[operator]
+        assert_close(added, added[:, :1, :1].expand_as(added))
+        assert added.abs().max() > 0.01
+    assert torch.equal(task.stream[7]["noise"], offset[7]["noise"])  # type: ignore[arg-type]
+    means = torch.stack([example["draw"].mean(dim=(1, 2)) for example in offset])  # type: ignore[attr-defined]  # (20, C)
+    assert means.std() < 0.25, "what is drawn of the moments has no offset"
+
+
+@torch.no_grad()
+def test_how_errors_are_weighted_in_training_does_not_change_how_they_are_judged(latents: Path, tmp_path: Path) -> None:
+    judged = []
+    for settings in ({}, {"min_snr": 1, "noise_offset": 0.5, "levels": "cosine"}):
+        torch.manual_seed(0)
+        task, _ = examples(latents, tmp_path, 0, **settings)
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        judged.append(task.validate(tmp_path / "samples"))
+    assert judged[0] == judged[1]
+
+
 @pytest.mark.parametrize("objective", ["flow", "eps", "v"])
 @torch.no_grad()
 def test_a_network_that_knows_nothing_loses_what_its_target_varies(
@@ -90,6 +115,32 @@ def test_the_scheduler_is_of_the_objective_and_a_further_training_keeps_it(
     assert schedulers.objective_of(loading.load_scheduler(str(run))) == objective
     more = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "s", model=str(run), images=8))
     assert schedulers.objective_of(loading.load_scheduler(str(more))) == objective
+
+
+def test_zero_terminal_snr_is_written_into_the_scheduler_and_a_further_training_keeps_it(
+    latents: Path, tmp_path: Path
+) -> None:
+    zero = {"zero_terminal_snr": True, "levels": "uniform"}
+    run = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", objective="v", images=8, **zero))
+    more = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "s", model=str(run), images=8))
+    for each in (run, more):
+        scheduler = loading.load_scheduler(str(each))
+        assert scheduler.config.rescale_betas_zero_snr
+        assert scheduler.config.timestep_spacing == "trailing"
+
+
+def test_the_scheduler_of_a_given_unet_is_changed_for_zero_terminal_snr(latents: Path, tmp_path: Path) -> None:
+    model = saved_unet(tmp_path / "model", cross_attention_dim=16)
+    given = DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear", clip_sample=False)
+    given.save_pretrained(tmp_path / "model" / "scheduler")
+    zero = {"zero_terminal_snr": True, "levels": "cosine"}
+    task, _ = examples(latents, tmp_path, 0, model=model, **zero)
+    task.save(tmp_path / "saved")
+    scheduler = loading.load_scheduler(str(tmp_path / "saved"))
+    assert type(scheduler) is DDIMScheduler
+    before, after = ({n: v for n, v in each.config.items() if n[0] != "_"} for each in (given, scheduler))
+    assert after == {**before, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert torch.equal(task.betas, scheduler.betas), "trained as it samples"
 
 
 def test_pictures_are_drawn_at_each_validation(latents: Path, tmp_path: Path) -> None:
@@ -140,6 +191,14 @@ def test_a_unet_that_predicts_something_else_is_refused(latents: Path, tmp_path:
     DDIMScheduler(prediction_type="sample").save_pretrained(tmp_path / "model" / "scheduler")
     with pytest.raises(ModelError, match="predicts sample; choose another model"):
         train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", model=model))
+    assert not (tmp_path / "r").exists()
+
+
+def test_zero_terminal_snr_for_a_unet_that_does_not_predict_v_is_refused(latents: Path, tmp_path: Path) -> None:
+    model = saved_unet(tmp_path / "model", cross_attention_dim=16)
+    zero = {"zero_terminal_snr": True, "levels": "uniform"}
+    with pytest.raises(ModelError, match="this one predicts flow; leave it out"):
+        train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", model=model, **zero))
     assert not (tmp_path / "r").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from limner.diffusion.objectives import TIMESTEPS, Objective
@@ -30,6 +31,26 @@ def new(objective: Objective) -> Any:
         use_flow_sigmas=objective == "flow",
         steps_offset=1,
     )
+
+
+def with_zero_terminal_snr(scheduler: Any) -> Any:
+    """The same scheduler, rescaled to end in pure noise and to sample from there.
+
+    Its betas become those of Lin et al. 2305.08891, algorithm 1, and its timesteps are spaced as "trailing" in their
+    table 2. Raises ModelError where its U-Net predicts something else than v, which alone says something about pure
+    noise (section 3.2), or where its class does not know how.
+    """
+    name, objective = type(scheduler).__name__, objective_of(scheduler)
+    if objective != "v":
+        raise ModelError(
+            f"zero_terminal_snr is for U-Nets that predict v, and this one predicts {objective}; leave it out."
+        )
+    if not {"rescale_betas_zero_snr", "timestep_spacing"} <= inspect.signature(type(scheduler)).parameters.keys():
+        raise ModelError(
+            f"A {name} can't sample from zero terminal SNR; put a DDIMScheduler's or DPMSolverMultistepScheduler's "
+            "configuration beside the U-Net, or leave out zero_terminal_snr."
+        )
+    return type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
 def objective_of(scheduler: Any) -> Objective:

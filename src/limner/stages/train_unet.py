@@ -75,6 +75,8 @@ class TrainUnet:
             self.network = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
             self._check_fit()
+        if config.zero_terminal_snr:
+            self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)
         self.objective = schedulers.objective_of(self.scheduler)
         self.betas = getattr(self.scheduler, "betas", None)
         self.rates: dict[str, float] = {}
@@ -112,35 +114,41 @@ class TrainUnet:
             "moments": self.train.view(index, int(mirrored)),
             "states": self.train.states(index, caption),
             "t": np.float32(objectives.draw_t(self.config.levels, rng)),
-            **{name: torch.from_numpy(rng.standard_normal(self.shape, np.float32)) for name in ("noise", "draw")},
+            "noise": objectives.draw_noise(self.shape, rng, self.config.noise_offset),
+            "draw": objectives.draw_noise(self.shape, rng),
         }
 
     def _answer(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Squared error of each picture's prediction -> (N,)."""
+        """Mean squared error of each picture's prediction, where its mask, if it has one, lets in -> (N,)."""
         x0 = vaes.to_latents(self.vae_config, vaes.sample(batch["moments"], batch["draw"]))
-        betas = None if self.betas is None else self.betas.to(x0.device)
-        alpha, sigma = objectives.level(self.objective, batch["t"], betas)
+        alpha, sigma = self._level(batch["t"])
         noised = objectives.add_noise(x0, batch["noise"], alpha, sigma)
         step = objectives.timestep(self.objective, batch["t"])
         predicted = network(noised, step, encoder_hidden_states=batch["states"], return_dict=False)[0]
         wanted = objectives.target(self.objective, x0, batch["noise"], alpha, sigma)
-        return (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
+        return objectives.mean_error((predicted.float() - wanted).square(), batch.get("mask"))
+
+    def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t (N,) -> (N, 1, 1, 1) each."""
+        betas = None if self.betas is None else self.betas.to(t.device)
+        return objectives.level(self.objective, t, betas)
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the prediction."""
-        return self._answer(network, batch).mean(), {}
+        """Mean squared error of the prediction, weighted by level where `min_snr` is set."""
+        errors = self._answer(network, batch)  # (N,)
+        if self.config.min_snr is not None:
+            errors = errors * objectives.min_snr(self.objective, *self._level(batch["t"]), self.config.min_snr)
+        return errors.mean(), {}
 
     def validate(self, samples: Path) -> dict[str, float]:
-        """The loss on fixed val pictures, noise and levels, by level; draws pictures."""
+        """The loss on fixed val pictures, noise and levels, by level and unweighted; draws pictures."""
         device = next(self.network.parameters()).device
         rng = np.random.default_rng(self.config.seed)
         sums = dict.fromkeys(LEVELS, 0.0)
         indices = range(min(len(self.val), JUDGED))
         for start in range(0, len(indices), self.config.batch_size):
             chosen = indices[start : start + self.config.batch_size]
-            noise, draw = (
-                torch.from_numpy(rng.standard_normal((len(chosen), *self.shape), np.float32)) for _ in range(2)
-            )
+            noise, draw = (objectives.draw_noise((len(chosen), *self.shape), rng) for _ in range(2))
             fixed = {
                 "moments": torch.stack([self.val.view(index, 0) for index in chosen]),
                 "states": torch.stack([self.val.states(i, 0 if self.val.captions[i] else None) for i in chosen]),

@@ -134,7 +134,7 @@ def _agree(whole: bool) -> None:
 
 
 def _mapped(path: Path) -> Array:
-    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+    return np.load(path, mmap_mode="r")
 
 
 def _tensor(row: Array) -> Tensor:

@@ -65,7 +65,9 @@ class Stream(Dataset[Example]):
         return rng.permutation(batches).ravel()
 
     def of(self, multiple: int) -> Stream:
-        """The same examples in batches of another size."""
+        """The same examples for batches of another size, where groups make that a difference."""
+        if self.groups is None:
+            return self
         return Stream(self.length, self.seed, self.example, multiple=multiple, groups=self.groups)
 
     def batches(

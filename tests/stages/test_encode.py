@@ -184,6 +184,8 @@ def test_masks_lie_where_what_they_hide_lies(settings: EncodeConfig, tmp_path: P
     cache = LatentCache(encode.run(own), "train")
     bucket = encode._buckets(own, "train", read_split(data, "train"))[0]
     pixels = encode._cut(own, bucket, range(2), to_pixels, (16, 16))  # (2, 8, 3, 16, 16)
+    assert torch.equal(pixels[0, 0], pixels[1, 0])
+    assert not torch.equal(pixels[0, 2:], pixels[1, 2:]), "equal pictures are cut differently"
     for index in range(2):
         for view in range(8):
             mask = cache.mask(index, view)

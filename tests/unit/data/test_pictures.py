@@ -211,7 +211,7 @@ def test_a_mask_is_the_mean_opacity_of_areas(tmp_path: Path) -> None:
     picture = read_picture(see_through(tmp_path / "p.png"))
     mask = to_mask(picture, (0, 0, 32, 16), (2, 8))
     assert_close(mask, torch.tensor([[[0.0, 0, 1, 1, 1, 1, 1, 1]] * 2]))
-    assert_close(to_mask(picture, (4, 0, 20, 16), (1, 2)), torch.tensor([[[0.5, 1.0]]]), rtol=0, atol=1 / 255)
+    assert_close(to_mask(picture, (2, 0, 10, 16), (1, 2)), torch.tensor([[[0.0, 0.5]]]), rtol=0, atol=1 / 255)
     opaque = to_mask(photo(0, 20, 30), (0, 0, 20, 20), (5, 5))
     assert torch.equal(opaque, torch.ones(1, 5, 5))
 

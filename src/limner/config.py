@@ -59,6 +59,9 @@ class PrepareConfig(StageConfig):
     """Leave out pictures whose file or pixels equal an earlier one's; otherwise they are only reported."""
     uncaptioned: Annotated[bool, FLAG] = False
     """Keep pictures that have no caption (for `train vae`); otherwise they are quarantined."""
+    keep_alpha: Annotated[bool, FLAG] = False
+    """Keep what is see-through as a mask, in PNG: `train unet` then learns from what is opaque. Otherwise see-through
+    parts become white."""
     val_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
     """Share of the pictures for val where the source has no split lists."""
     test_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
@@ -272,10 +275,28 @@ class EncodeConfig(StageConfig):
     """Side of the pictures in pixels."""
     flips: Annotated[bool, FLAG] = True
     """Store each picture mirrored too."""
+    views: PositiveInt = 1
+    """Parts stored of each train picture: the centre, then random crops; of a val picture it is the centre alone."""
+    min_scale: float = Field(default=0.5, gt=0, le=1)
+    """Smallest share of the picture that a random crop takes."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the random crops."""
+    buckets: bool = False
+    """Store each picture in the shape nearest to its own, of about as many pixels as the square, instead of as a
+    square."""
+    bucket_step: PositiveInt = 32
+    """Sides of `buckets` are multiples of this, in pixels: best the VAE's factor times what the U-Net halves (64 for
+    Stable Diffusion)."""
     batch_size: PositiveInt = 32
-    """Pictures or captions a step."""
+    """Views of pictures, or captions, a step."""
     threads: PositiveInt | None = None
     """Threads of the arithmetic on CPU; torch's choice when left out."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.buckets and self.size % self.bucket_step:
+            raise ValueError(f"size {self.size} is not divisible by bucket_step {self.bucket_step}; choose a multiple")
+        return self
 
 
 class TrainUnetConfig(TrainConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from limner.artifacts import read_json
 from limner.config import EncodeConfig, TrainUnetConfig
 from limner.data.latents import LatentCache
 from limner.diffusion import schedulers
-from limner.errors import DataError, ModelError, RunError
+from limner.errors import ConfigError, DataError, ModelError, RunError
 from limner.models import loading
 from limner.stages import encode, train_unet
 from limner.stages.train_unet import TrainUnet
@@ -104,6 +105,68 @@ def test_a_network_that_knows_nothing_loses_what_its_target_varies(
     assert_close(task.loss(task.network, batch)[0].item(), wanted, rtol=0.1, atol=0)
 
 
+# ---- buckets, views and masks
+
+
+def test_batches_are_of_one_bucket_with_noise_of_its_shape_and_masks(bucketed: Path, tmp_path: Path) -> None:
+    task, _ = examples(bucketed, tmp_path, 0, batch_size=4)
+    cache = LatentCache(bucketed, "train")
+    shapes = set()
+    for batch in task.stream.batches(0, 4 * 60, 4):
+        shapes.add(batch["moments"].shape[2:])
+        assert batch["noise"].shape == batch["draw"].shape == (4, 4, *batch["moments"].shape[2:])
+        assert ("mask" in batch) == (batch["moments"].shape[2:] == (8, 8))
+        for row, moments in enumerate(batch["moments"]):
+            found = [
+                (index, view)
+                for index in range(len(cache))
+                for view in range(6)
+                if cache.view(index, view).shape == moments.shape and torch.equal(cache.view(index, view), moments)
+            ]
+            assert len({index for index, _ in found}) == 1
+            if "mask" in batch:
+                assert torch.equal(batch["mask"][row], cache.mask(*found[0]))  # type: ignore[arg-type]
+    assert shapes == {(8, 8), (6, 10), (10, 6)}
+
+
+def test_all_views_are_shown_and_mirrored_ones_never_with_a_side(bucketed: Path, tmp_path: Path) -> None:
+    shutil.copytree(bucketed, tmp_path / "latents")
+    file = tmp_path / "latents" / "cache" / "train" / "captions.json"
+    sides = [["On the left."] if index % 2 else own for index, own in enumerate(json.loads(file.read_text()))]
+    file.write_text(json.dumps(sides))
+    task, _ = examples(tmp_path / "latents", tmp_path, 0, batch_size=1, caption_dropout=0)
+    for index, wanted in ((0, {0, 1, 2, 3, 4, 5}), (1, {0, 2, 4})):
+        moments = [task._example(index, np.random.default_rng(seed))["moments"] for seed in range(100)]
+        shown = [view for m in moments for view in range(6) if torch.equal(m, task.train.view(index, view))]
+        assert len(shown) == 100
+        assert set(shown) == wanted
+
+
+def test_training_with_buckets_is_judged_on_all_of_them_and_draws_squares(bucketed: Path, tmp_path: Path) -> None:
+    run = train_unet.run(config(TrainUnetConfig, bucketed, tmp_path / "r", images=8, batch_size=4))
+    assert loading.load_unet(str(run)).config["sample_size"] == SIDE // 2
+    assert Image.open(run / "samples" / "000000008" / "drawn.png").width == 4 * SIDE
+    task, _ = examples(bucketed, tmp_path, 0, batch_size=4)
+    judged = list(task._judged())
+    assert sorted(index for chosen in judged for index in chosen) == list(range(len(task.val)))
+    assert all(len({int(task.val.bucket[index]) for index in chosen}) == 1 for chosen in judged)
+
+
+def test_a_batch_beyond_every_bucket_is_refused_and_small_buckets_are_said(
+    bucketed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = np.bincount(LatentCache(bucketed, "train").bucket)
+    too_many = config(TrainUnetConfig, bucketed, tmp_path / "r", batch_size=int(counts.max()) + 1)
+    with pytest.raises(ConfigError, match=r"is more than the \d+ pictures of the largest bucket of .*; lower it"):
+        train_unet.run(too_many)
+    assert not (tmp_path / "r").exists()
+    assert caplog.messages == []
+    task, _ = examples(bucketed, tmp_path, 0, batch_size=int(counts.max()))
+    few = int(counts[counts < counts.max()].sum())
+    assert [message for message in caplog.messages if message.startswith(f"{few} pictures")] or not few
+    assert next(task.stream.of(2).batches(0, 2, 2))["t"].shape == (2,)
+
+
 # ---- what it leaves
 
 
@@ -161,7 +224,10 @@ def test_figures_are_by_level(unet: Path) -> None:
 
 
 def test_pictures_without_captions_teach_too(uncaptioned: Path, clip: Path, vae: Path, tmp_path: Path) -> None:
-    cache = encode.run(config(EncodeConfig, uncaptioned, tmp_path / "latents", clip=str(clip), vae=str(vae)))
+    shutil.copytree(uncaptioned, tmp_path / "data")
+    file = tmp_path / "data" / "train" / "metadata.jsonl"
+    file.write_text(file.read_text().replace('"captions": []', '"captions": ["A shape."]', 1))
+    cache = encode.run(config(EncodeConfig, tmp_path / "data", tmp_path / "latents", clip=str(clip), vae=str(vae)))
     run = train_unet.run(config(TrainUnetConfig, cache, tmp_path / "r", images=8))
     assert (run / "samples" / "000000008" / "drawn.png").exists()
 
@@ -213,6 +279,46 @@ def test_a_dataset_in_place_of_its_latents_is_refused(data: Path, tmp_path: Path
     with pytest.raises(DataError, match="not a finished run of `limner encode`"):
         train_unet.run(config(TrainUnetConfig, data, tmp_path / "r"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("vae", "the VAE .*encoder changed"),
+        ("clip", "the text encoder .*encoder changed"),
+        ("data", "data/train of .*copy changed"),
+        ("val", "data/val of .*copy changed"),
+    ],
+)
+def test_a_stale_cache_is_refused_and_what_changed_is_named(
+    data: Path, clip: Path, vae: Path, tmp_path: Path, what: str, named: str
+) -> None:
+    shutil.copytree(data, tmp_path / "copy")
+    encoders = {"clip": clip, "vae": vae}
+    if what in encoders:
+        shutil.copytree(encoders[what], tmp_path / "encoder")
+        encoders[what] = tmp_path / "encoder"
+    paths = {name: str(path) for name, path in encoders.items()}
+    cache = encode.run(config(EncodeConfig, tmp_path / "copy", tmp_path / "latents", **paths))
+    settings = config(TrainUnetConfig, cache, tmp_path / "r")
+    TrainUnet(settings)
+    if what in encoders:
+        (file,) = (tmp_path / "encoder" / "model").rglob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif what == "val":
+        (tmp_path / "copy" / "val" / "metadata.jsonl").unlink()
+    else:
+        file = tmp_path / "copy" / "train" / "metadata.jsonl"
+        file.write_text(file.read_text().replace("circle", "square"))
+    with pytest.raises(DataError, match=f"is stale, as {named} since; encode into a new folder") as caught:
+        train_unet.run(settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r").exists()
+    if what in ("data", "val"):
+        shutil.rmtree(tmp_path / "copy")
+        TrainUnet(settings)  # which needs no pictures
 
 
 def test_latents_made_anew_are_another_parent(latents: Path, tmp_path: Path) -> None:

@@ -172,7 +172,9 @@ class Run:
         wanted = json.loads(config.model_dump_json())
         file = folder / "config.json"
         if file.exists():
-            names = set(_differences(read_json(file), wanted)) - {"out", *config.changeable}
+            # What a run of an older version doesn't say was as the default is
+            defaults = json.loads(type(config).model_construct().model_dump_json())
+            names = set(_differences({**defaults, **read_json(file)}, wanted)) - {"out", *config.changeable}
             if names:
                 raise RunError(
                     f"{folder} was started with other settings ({', '.join(sorted(names))}); "

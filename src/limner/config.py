@@ -59,6 +59,9 @@ class PrepareConfig(StageConfig):
     """Leave out pictures whose file or pixels equal an earlier one's; otherwise they are only reported."""
     uncaptioned: Annotated[bool, FLAG] = False
     """Keep pictures that have no caption (for `train vae`); otherwise they are quarantined."""
+    keep_alpha: Annotated[bool, FLAG] = False
+    """Keep what is see-through as a mask, in PNG: `train unet` then learns from what is opaque. Otherwise see-through
+    parts become white."""
     val_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
     """Share of the pictures for val where the source has no split lists."""
     test_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
@@ -155,6 +158,18 @@ class TrainVaeConfig(TrainConfig):
     """Weight of the mean squared error beside the mean absolute error."""
     perceptual_weight: float = Field(default=0.1, ge=0)
     """Weight of the distance of EfficientNet-Lite0 features (needs its two packages); 0 turns it off."""
+    adversarial_weight: float = Field(default=0.0, ge=0)
+    """Weight of what a patch discriminator, trained beside, says: to sharpen a VAE that is trained already."""
+    equivariance: float = Field(default=0.0, ge=0, le=1)
+    """Share of the pictures that are to come back turned or smaller from latents turned or shrunk (EQ-VAE)."""
+
+    @model_validator(mode="after")
+    def _sharpens(self) -> Self:
+        if self.adversarial_weight and self.model is None:
+            raise ValueError(
+                "adversarial_weight is for a VAE that is trained already; train one without it and name it with model"
+            )
+        return self
 
 
 class TrainClipConfig(TrainConfig):
@@ -260,10 +275,28 @@ class EncodeConfig(StageConfig):
     """Side of the pictures in pixels."""
     flips: Annotated[bool, FLAG] = True
     """Store each picture mirrored too."""
+    views: PositiveInt = 1
+    """Parts stored of each train picture: the centre, then random crops; of a val picture it is the centre alone."""
+    min_scale: float = Field(default=0.5, gt=0, le=1)
+    """Smallest share of the picture that a random crop takes."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the random crops."""
+    buckets: bool = False
+    """Store each picture in the shape nearest to its own, of about as many pixels as the square, instead of as a
+    square."""
+    bucket_step: PositiveInt = 32
+    """Sides of `buckets` are multiples of this, in pixels: best the VAE's factor times what the U-Net halves (64 for
+    Stable Diffusion)."""
     batch_size: PositiveInt = 32
-    """Pictures or captions a step."""
+    """Views of pictures, or captions, a step."""
     threads: PositiveInt | None = None
     """Threads of the arithmetic on CPU; torch's choice when left out."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.buckets and self.size % self.bucket_step:
+            raise ValueError(f"size {self.size} is not divisible by bucket_step {self.bucket_step}; choose a multiple")
+        return self
 
 
 class TrainUnetConfig(TrainConfig):
@@ -275,11 +308,17 @@ class TrainUnetConfig(TrainConfig):
     """Images a step, over all processes."""
     objective: Annotated[Literal["flow", "eps", "v"], FLAG] = "flow"
     """What a new U-Net predicts; one that is given keeps its own."""
-    levels: Literal["logit-normal", "uniform"] = "logit-normal"
+    levels: Literal["logit-normal", "uniform", "cosine"] = "logit-normal"
     """Distribution of the noise levels in training."""
     tune: Annotated[Literal["full", "attention", "cross_attention_kv"], FLAG] = "full"
     """What of a given U-Net is trained: all; attention; or keys and values of cross-attention alone, which read the
     token states and so get it used to a tuned CLIP."""
+    min_snr: PositiveFloat | None = None
+    """Gamma of min-SNR weighting, 5 in its paper, so that low noise levels count less; all count the same without."""
+    zero_terminal_snr: bool = False
+    """Train and sample from pure noise, so that pictures may be dark or bright all over; for U-Nets that predict v."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """Deviation of a constant added to each channel's noise, for dark and bright pictures with eps; often 0.1."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of the images that are trained without their caption, which guidance needs."""
     ema_halflife: float = Field(default=10_000, ge=0)
@@ -304,6 +343,24 @@ class TrainUnetConfig(TrainConfig):
         return self
 
     @model_validator(mode="after")
+    def _ends_in_noise(self) -> Self:
+        if not self.zero_terminal_snr:
+            return self
+        if self.model is None and self.objective != "v":
+            raise ValueError(
+                "zero_terminal_snr is for objective=v, since of pure noise eps learns nothing and flow begins with it "
+                "anyway; set objective=v or leave it out"
+            )
+        if self.levels == "logit-normal":
+            raise ValueError(
+                "zero_terminal_snr is learned at the last step, which levels=logit-normal all but never draws; "
+                "set levels=uniform or levels=cosine"
+            )
+        if self.min_snr is not None:
+            raise ValueError("min_snr gives no weight to the last step, which zero_terminal_snr is for; leave out one")
+        return self
+
+    @model_validator(mode="after")
     def _tunable(self) -> Self:
         if self.model is None and self.tune != "full":
             raise ValueError("a new U-Net has nothing worth keeping yet; use tune=full, or name a model")
@@ -325,6 +382,15 @@ class TrainLoraConfig(TrainUnetConfig):
     """The additions are multiplied by alpha / rank; the rank when left out."""
     dora: Annotated[bool, FLAG] = False
     """Learn the length of each row of weights apart from its direction (DoRA); only Diffusers and Limner load that."""
+
+    @model_validator(mode="after")
+    def _keeps_the_scheduler(self) -> Self:
+        if self.zero_terminal_snr:
+            raise ValueError(
+                "a LoRA is drawn with the scheduler of its model, which zero_terminal_snr changes; leave it out, or "
+                "tune the model like that with train unet first"
+            )
+        return self
 
 
 class AssembleConfig(StageConfig):

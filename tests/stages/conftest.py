@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from limner.config import EncodeConfig, PrepareConfig, TrainClipConfig, TrainUnetConfig, TrainVaeConfig
 from limner.settings import resolve
 from limner.stages import encode, prepare, train_clip, train_unet, train_vae
+from photos import encoded, photo, put
 from trainings import config, shapes
 
 
@@ -45,6 +47,20 @@ def uncaptioned(stages: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def photographs(stages: Path) -> Path:
+    """Pictures of three shapes, one caption each, of which those as high as wide have an alpha channel."""
+    files = {}
+    for number in range(36):
+        width, height = ((60, 36), (36, 60), (48, 48))[number % 3]
+        image = photo(number, width, height)
+        if width == height:
+            image.putalpha(Image.new("L", image.size, 255 * (number % 2)))
+        files |= {f"{number}.png": encoded(image, "PNG"), f"{number}.txt": b"A field of colours."}
+    source = put(stages / "photographs", files)
+    return prepared(source, stages / "photographs-data", keep_alpha=True, val_share=0.35, test_share=0)
+
+
+@pytest.fixture(scope="session")
 def clip(stages: Path, data: Path) -> Path:
     """A run of `train clip`."""
     return train_clip.run(config(TrainClipConfig, data, stages / "clip"))
@@ -60,6 +76,13 @@ def vae(stages: Path, data: Path) -> Path:
 def latents(stages: Path, data: Path, clip: Path, vae: Path) -> Path:
     """A run of `encode`."""
     return encode.run(config(EncodeConfig, data, stages / "latents", clip=str(clip), vae=str(vae)))
+
+
+@pytest.fixture(scope="session")
+def bucketed(stages: Path, photographs: Path, clip: Path, vae: Path) -> Path:
+    """A run of `encode` with buckets, several views and masks."""
+    settings = {"clip": str(clip), "vae": str(vae), "buckets": True, "bucket_step": 4, "views": 3}
+    return encode.run(config(EncodeConfig, photographs, stages / "bucketed", **settings))
 
 
 @pytest.fixture(scope="session")

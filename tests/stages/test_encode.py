@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,18 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from kills import kill, writes_of
 from limner.artifacts import read_json, sha256_folder
-from limner.config import EncodeConfig
+from limner.config import EncodeConfig, PrepareConfig
 from limner.data.dataset import read_split
-from limner.data.latents import LatentCache
-from limner.data.pictures import load_pixels
+from limner.data.latents import ENCODED, LatentCache
+from limner.data.pictures import load_pixels, to_pixels
 from limner.errors import ConfigError, DataError, ModelError, RunError, UserError
 from limner.models import loading
 from limner.models import vae as vaes
-from limner.stages import encode
+from limner.settings import resolve
+from limner.stages import encode, prepare
+from photos import encoded, put
 from tiny import tiny_clip, tiny_taesd, tiny_tokenizer
 from trainings import SIDE, config
 
@@ -51,7 +55,7 @@ def refused(settings: EncodeConfig, error: type[UserError], match: str) -> None:
 @torch.no_grad()
 def test_moments_are_those_of_the_vae(latents: Path, data: Path, vae: Path) -> None:
     model = loading.load_vae(str(vae))
-    for split in encode.ENCODED:
+    for split in ENCODED:
         cache, records = LatentCache(latents, split), read_split(data, split)
         assert len(cache) == len(records) > 0
         assert cache.views == 2
@@ -65,7 +69,7 @@ def test_moments_are_those_of_the_vae(latents: Path, data: Path, vae: Path) -> N
 def test_token_states_are_those_of_plain_transformers(latents: Path, data: Path, clip: Path) -> None:
     model = loading.load_clip(str(clip))
     tower = model.network.text_model
-    for split in encode.ENCODED:
+    for split in ENCODED:
         cache, records = LatentCache(latents, split), read_split(data, split)
         assert cache.captions == [list(record.captions) for record in records]
         for index, record in enumerate(records):
@@ -91,7 +95,7 @@ def test_the_manifest_says_what_it_was_made_from(latents: Path, data: Path, clip
 def test_views_batches_and_plan(settings: EncodeConfig, latents: Path) -> None:
     plan = encode.plan(settings)
     assert not settings.out.exists()
-    assert "in 2 views, latents of 8x8" in plan["pictures"]
+    assert plan["train"].endswith("pictures of 16x16 in 2 views, latents of 8x8")
     one = encode.run(changed(settings, flips=False, batch_size=5))
     cache, other = LatentCache(one, "train"), LatentCache(latents, "train")
     assert cache.views == 1
@@ -109,6 +113,108 @@ def test_without_val_its_arrays_are_empty(settings: EncodeConfig, no_val: Path) 
     run = encode.run(changed(settings, data=no_val))
     assert len(LatentCache(run, "val")) == 0
     assert "data/val" not in read_json(run / "manifest.json")["parents"]
+
+
+# ---- views, buckets and masks
+
+SHAPES = {(60, 36): (20, 12), (36, 60): (12, 20), (48, 48): (16, 16)}
+"""Width and height of what is stored of a picture of that width and height."""
+
+
+@torch.no_grad()
+def test_each_picture_is_stored_in_the_shape_nearest_to_its_own(bucketed: Path, photographs: Path, vae: Path) -> None:
+    model = loading.load_vae(str(vae))
+    for split in ENCODED:
+        cache, records = LatentCache(bucketed, split), read_split(photographs, split)
+        assert len(cache) == len(records)
+        assert len(set(cache.bucket.tolist())) == 3
+        for index, record in enumerate(records):
+            picture = Image.open(record.path)
+            width, height = SHAPES[picture.size]
+            pixels = to_pixels(picture, (0, 0, *picture.size), (height, width))[None]
+            for view, shown in enumerate((pixels, pixels.flip(-1))):
+                assert_close(cache.view(index, view), vaes.encode(model, shown)[0], rtol=2e-3, atol=2e-3)
+
+
+@torch.no_grad()
+def test_views_after_the_first_are_random_parts_each_with_its_mirror_image(
+    bucketed: Path, photographs: Path, vae: Path
+) -> None:
+    train, model = LatentCache(bucketed, "train"), loading.load_vae(str(vae))
+    assert train.views == 6
+    assert LatentCache(bucketed, "val").views == 2, "val is judged by the centre alone"
+    own = EncodeConfig.model_validate(read_json(bucketed / "config.json"))
+    parts = set()
+    for bucket in encode._buckets(own, "train", read_split(photographs, "train")):
+        indices = list(bucket.records)
+        pixels = encode._cut(own, bucket, indices, to_pixels, bucket.size)  # (N, 6, 3, H, W)
+        assert torch.equal(pixels[:, 1::2], pixels[:, ::2].flip(-1))
+        assert torch.equal(encode._cut(own, bucket, indices[2:3], to_pixels, bucket.size), pixels[2:3])
+        for index, views in zip(indices, pixels, strict=True):
+            parts |= {tuple(view.flatten().tolist()) for view in views[::2]}
+            for view, shown in enumerate(views):
+                assert_close(train.view(index, view), vaes.encode(model, shown[None])[0], rtol=2e-3, atol=2e-3)
+    assert len(parts) > 0.9 * 3 * len(train), "a few crops are of nearly the whole picture"
+
+
+def test_masks_are_stored_where_a_picture_has_one(bucketed: Path, photographs: Path) -> None:
+    cache, records = LatentCache(bucketed, "train"), read_split(photographs, "train")
+    assert [p.name for p in (bucketed / "cache" / "train").glob("masks*")] == ["masks-16x16.npy"]
+    for index, record in enumerate(records):
+        for view in range(6):
+            mask = cache.mask(index, view)
+            if Image.open(record.path).mode == "RGB":
+                assert mask is None
+            else:
+                number = int(record.path.stem)
+                assert mask is not None
+                assert torch.equal(mask, torch.full((1, 8, 8), float(number % 2)))
+
+
+def test_masks_lie_where_what_they_hide_lies(settings: EncodeConfig, tmp_path: Path) -> None:
+    """A picture whose left half is black and see-through: mask and pixels agree in every view."""
+    image = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 255), (32, 0, 64, 48))
+    source = put(tmp_path / "source", {f"{n}.png": encoded(image, "PNG") for n in range(2)})
+    put(source, {f"{n}.txt": b"Half a picture." for n in range(2)})
+    values = {"kind": "imagefolder", "source": source, "out": tmp_path / "data", "workers": 1, "keep_alpha": True}
+    data = prepare.run(resolve(PrepareConfig, {**values, "val_share": 0, "test_share": 0}))
+    tiny_taesd().save_pretrained(tmp_path / "vae")
+    own = changed(settings, data=data, views=4, vae=str(tmp_path / "vae"))
+    cache = LatentCache(encode.run(own), "train")
+    bucket = encode._buckets(own, "train", read_split(data, "train"))[0]
+    pixels = encode._cut(own, bucket, range(2), to_pixels, (16, 16))  # (2, 8, 3, 16, 16)
+    assert torch.equal(pixels[0, 0], pixels[1, 0])
+    assert not torch.equal(pixels[0, 2:], pixels[1, 2:]), "equal pictures are cut differently"
+    for index in range(2):
+        for view in range(8):
+            mask = cache.mask(index, view)
+            assert mask is not None
+            wanted = torch.nn.functional.avg_pool2d(pixels[index, view, :1] * 0.5 + 0.5, 2)
+            assert_close(mask, wanted, rtol=0, atol=0.3)
+            assert (mask - wanted).abs().mean() < 0.06
+
+
+def test_plan_tells_buckets_views_masks_and_disk(settings: EncodeConfig, bucketed: Path, photographs: Path) -> None:
+    plan = encode.plan(changed(settings, data=photographs, buckets=True, bucket_step=4, views=3))
+    counts = torch.bincount(torch.from_numpy(LatentCache(bucketed, "train").bucket)).tolist()
+    assert plan["train"].split("; ")[0] == f"{counts[0]} pictures of 20x12 in 6 views, latents of 10x6"
+    assert f"{counts[1]} pictures of 16x16 in 6 views, latents of 8x8, {counts[1]} with a mask" in plan["train"]
+    assert "in 2 views" in plan["val"]
+    size = sum(p.stat().st_size for p in (bucketed / "cache").rglob("*.npy"))
+    assert float(plan["disk"].split()[0]) == pytest.approx(size / 1e6, abs=0.6)
+
+
+def test_a_rerun_writes_the_same_bits_and_another_seed_others(
+    settings: EncodeConfig, bucketed: Path, photographs: Path, tmp_path: Path
+) -> None:
+    own = changed(settings, data=photographs, buckets=True, bucket_step=4, views=3)
+    assert sha256_folder(encode.run(own) / "cache") == sha256_folder(bucketed / "cache")
+    other = encode.run(changed(own, seed=1, out=tmp_path / "other"))
+    cache, first = LatentCache(other, "train"), LatentCache(bucketed, "train")
+    for index in range(len(cache)):
+        same = [torch.equal(cache.view(index, view), first.view(index, view)) for view in range(6)]
+        assert same == [True, True, False, False, False, False]
 
 
 # ---- the same again
@@ -180,8 +286,19 @@ def test_a_dataset_that_changed_is_named(settings: EncodeConfig, tmp_path: Path)
 
 
 def test_other_settings_are_named(settings: EncodeConfig, latents: Path) -> None:
-    with pytest.raises(RunError, match=r"other settings \(flips, size\)"):
-        encode.run(changed(settings, out=latents, flips=False, size=32))
+    with pytest.raises(RunError, match=r"other settings \(buckets, flips, size, views\)"):
+        encode.run(changed(settings, out=latents, flips=False, size=32, views=2, buckets=True))
+
+
+def test_a_cache_of_an_older_version_is_finished(
+    settings: EncodeConfig, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(latents, tmp_path / "old")
+    file = tmp_path / "old" / "config.json"
+    old = {name: read_json(file)[name] for name in ("data", "vae", "clip", "size", "flips", "out")}
+    file.write_text(json.dumps(old))
+    encode.run(changed(settings, out=tmp_path / "old"))
+    assert "Nothing to do" in capsys.readouterr().out
 
 
 def test_wrong_inputs_are_refused(settings: EncodeConfig, clip: Path, vae: Path, tmp_path: Path) -> None:
@@ -191,6 +308,17 @@ def test_wrong_inputs_are_refused(settings: EncodeConfig, clip: Path, vae: Path,
     refused(changed(settings, clip=str(vae)), ModelError, "has no CLIP|has no text encoder")
     refused(changed(settings, vae=str(tmp_path / "missing")), ModelError, "There is no model folder")
     refused(changed(settings, size=17), ConfigError, "--size 17 is not divisible by the VAE's factor 2")
+
+
+def test_what_does_not_fit_together_is_refused(
+    settings: EncodeConfig, uncaptioned: Path, data: Path, tmp_path: Path
+) -> None:
+    odd = changed(settings, size=18, buckets=True, bucket_step=9)
+    refused(odd, ConfigError, "bucket_step 9 is not divisible by the VAE's factor 2; choose a multiple")
+    refused(changed(settings, data=uncaptioned), DataError, "no caption in its train split")
+    with pytest.raises(ConfigError, match="size 100 is not divisible by bucket_step 32"):
+        config(EncodeConfig, data, tmp_path / "r", vae="v", clip="c", size=100, buckets=True)
+    assert config(EncodeConfig, data, tmp_path / "r", vae="v", clip="c", size=100).size == 100
 
 
 def test_a_folder_of_something_else_is_left_alone(settings: EncodeConfig) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from datasets import load_dataset
+from PIL import Image
 
 from commands import limner, no_special_rights
 from limner.artifacts import sha256_folder
@@ -175,6 +176,30 @@ def test_pictures_without_captions_are_kept_when_asked(tmp_path: Path) -> None:
     out = prepare.run(config(source, tmp_path / "data", uncaptioned=True, val_share=0, test_share=0))
     assert [record.captions for record in read_split(out, "train")] == [()] * 3
     assert "Words a caption" not in (out / "report.html").read_text()
+
+
+def test_masks_are_kept_when_asked(tmp_path: Path) -> None:
+    masked = photo(1)
+    masked.putalpha(Image.linear_gradient("L").resize(masked.size))
+    files = {"a.png": encoded(masked, "PNG"), "b.jpg": jpeg(2)}
+    source = put(tmp_path / "source", files | {f"{name[0]}.txt": b"A dog." for name in files})
+    none = {"val_share": 0, "test_share": 0}
+    kept = contents(prepare.run(config(source, tmp_path / "kept", keep_alpha=True, **none)))
+    assert {name: data for name, (_, data) in kept.items()} == files
+    assert set(contents(prepare.run(config(source, tmp_path / "data", **none)))) == {"a.jpg", "b.jpg"}
+
+
+def test_a_dataset_of_an_older_version_had_its_settings_at_their_defaults(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prepare.run(config(source, tmp_path / "data", size=24))
+    facts = facts_of(out)
+    del facts["settings"]["keep_alpha"]
+    (out / "dataset.json").write_text(json.dumps(facts))
+    prepare.run(config(source, out, size=24))
+    assert "Nothing to do" in capsys.readouterr().out
+    with pytest.raises(DataError, match="with other settings"):
+        prepare.run(config(source, out, size=24, keep_alpha=True))
 
 
 def test_exact_duplicates_are_dropped_when_asked_and_near_ones_counted(tmp_path: Path) -> None:

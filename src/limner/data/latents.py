@@ -1,9 +1,13 @@
 """The latent cache: what the U-Net trains on, memory-mapped, so that no VAE or text encoder is held while it does.
 
-C/{train,val}/moments.npy     (N, V, 2C, h, w) float16: V views of each picture, the second one mirrored
+C/{train,val}/moments.npy     (N, V, 2C, h, w) float16: V views of each picture, a mirrored one after its original
+C/{train,val}/masks.npy       (N, V, 1, h, w) float16: what of them counts, 0 to 1; only where a picture has a mask
 C/{train,val}/states.npy      (M, L, D) float16: token states of all captions, those of a picture in a row
 C/{train,val}/captions.json   N lists of captions
 C/empty.npy                   (1, L, D) float16: token states of the empty prompt
+
+With aspect-ratio buckets a split has a `moments-WxH.npy`, and perhaps a `masks-WxH.npy`, for each size in pixels, and
+`buckets.json` says by that name which pictures, counted from 0, the rows are of.
 """
 
 from __future__ import annotations
@@ -11,17 +15,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from limner.artifacts import atomic_file, is_finished, write_json
-from limner.data.dataset import Split
+from limner.data.dataset import Split, split_identity
 from limner.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[np.float16]]
+Kind = Literal["moments", "masks"]
+ENCODED: tuple[Split, ...] = ("train", "val")  # test only reports
+
+
+def dataset_parents(folder: Path) -> dict[str, str]:
+    """The sha256 of what is encoded of a dataset, by role, for the manifest of a cache."""
+    splits = [split for split in ENCODED if (folder / split / "metadata.jsonl").is_file()]
+    return {f"data/{split}": split_identity(folder, split) for split in splits}
 
 
 def write_array(path: Path, shape: Sequence[int], parts: Iterable[Tensor]) -> None:
@@ -46,40 +58,84 @@ def write_captions(path: Path, captions: Sequence[Sequence[str]]) -> None:
     write_json(path, [list(own) for own in captions])
 
 
+def array_path(folder: Path, kind: Kind, bucket: str) -> Path:
+    """Where an array of a split lies; `bucket` is empty where there are no buckets."""
+    return folder / (f"{kind}-{bucket}.npy" if bucket else f"{kind}.npy")
+
+
 class LatentCache:
     """One split of a cache, read on demand."""
 
     def __init__(self, folder: Path, split: Split) -> None:
         """Raises DataError where `folder` is no finished run of `limner encode`."""
+        self._origin = folder, split
         root = folder / "cache"
         if not is_finished(folder) or not root.is_dir():
             raise DataError(f"{folder} is not a finished run of `limner encode`; run that first.")
         try:
-            self.moments: Array = np.load(root / split / "moments.npy", mmap_mode="r")  # (N, V, 2C, h, w)
-            self._states: Array = np.load(root / split / "states.npy", mmap_mode="r")  # (M, L, D)
+            self._states = _mapped(root / split / "states.npy")  # (M, L, D)
             self._empty: Array = np.load(root / "empty.npy")  # (1, L, D)
             self.captions: list[list[str]] = json.loads((root / split / "captions.json").read_text(encoding="utf-8"))
             self._first_row = np.cumsum([0, *map(len, self.captions)])
-        except (OSError, ValueError, EOFError, TypeError) as error:
+            self._open_buckets(root / split)
+        except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
             raise DataError(f"The latent cache in {folder} is damaged ({error}); encode into a new folder.") from None
-        if (len(self.captions), self._first_row[-1]) != (len(self.moments), len(self._states)):
-            raise DataError(
-                f"The latent cache in {folder} is damaged (its parts differ in length); encode into a new folder."
-            )
+
+    def _open_buckets(self, folder: Path) -> None:
+        listed, count = folder / "buckets.json", len(self.captions)
+        rows: dict[str, list[int]] = json.loads(listed.read_text()) if listed.exists() else {"": list(range(count))}
+        _agree(sorted(index for own in rows.values() for index in own) == list(range(count)))
+        _agree(self._first_row[-1] == len(self._states))
+        self.bucket = np.zeros(count, np.int64)  # of each picture
+        self._row = np.zeros(count, np.int64)  # of each picture, in its bucket
+        self._moments: list[Array] = []  # (N, V, 2C, h, w) each
+        self._masks: list[Array | None] = []  # (N, V, 1, h, w) each
+        for number, (name, own) in enumerate(rows.items()):
+            moments, masks = array_path(folder, "moments", name), array_path(folder, "masks", name)
+            self._moments.append(_mapped(moments))
+            self._masks.append(_mapped(masks) if masks.exists() else None)
+            _agree(all(len(array) == len(own) for array in (self._moments[-1], self._masks[-1]) if array is not None))
+            self.bucket[own], self._row[own] = number, np.arange(len(own))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the files itself, where it would be sent all that is in them."""
+        return LatentCache, self._origin
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self.captions)
 
     @property
     def views(self) -> int:
-        """Views stored of each picture: 2 where the mirrored one is."""
-        return int(self.moments.shape[1])
+        """Views stored of each picture, mirrored ones among them."""
+        return int(self._moments[0].shape[1])
 
     def view(self, index: int, view: int) -> Tensor:
-        """Moments of one view of a picture -> (2C, h, w) float32."""
-        return torch.from_numpy(np.asarray(self.moments[index, view], np.float32))
+        """Moments of one view of a picture -> (2C, h, w) float32; h and w are those of all pictures of its bucket."""
+        return _tensor(self._moments[self.bucket[index]][self._row[index], view])
+
+    def mask(self, index: int, view: int) -> Tensor | None:
+        """What of a view counts, 0 to 1 -> (1, h, w) float32; None where no picture of its bucket has a mask."""
+        masks = self._masks[self.bucket[index]]
+        return None if masks is None else _tensor(masks[self._row[index], view])
+
+    def shown(self, index: int, view: int) -> dict[str, Tensor]:
+        """What an example has of a view: its `moments`, and its `mask` where there is one."""
+        mask = self.mask(index, view)
+        return {"moments": self.view(index, view)} | ({} if mask is None else {"mask": mask})
 
     def states(self, index: int, caption: int | None) -> Tensor:
         """Token states of one of a picture's captions, or of the empty prompt for None -> (L, D) float32."""
-        row = self._empty[0] if caption is None else self._states[self._first_row[index] + caption]
-        return torch.from_numpy(np.asarray(row, np.float32))
+        return _tensor(self._empty[0] if caption is None else self._states[self._first_row[index] + caption])
+
+
+def _agree(whole: bool) -> None:
+    if not whole:
+        raise ValueError("its parts differ in length")
+
+
+def _mapped(path: Path) -> Array:
+    return np.load(path, mmap_mode="r")
+
+
+def _tensor(row: Array) -> Tensor:
+    return torch.from_numpy(np.asarray(row, np.float32))

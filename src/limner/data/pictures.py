@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,11 @@ from torch import Tensor
 
 from limner.artifacts import atomic_file
 from limner.errors import DataError
+
+Size = tuple[int, int]
+"""Height and width."""
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a part of a picture, in pixels, as Pillow counts them."""
 
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
@@ -23,10 +30,8 @@ def may_flip(caption: str) -> bool:
 
 def load_pixels(path: Path, size: int) -> Tensor:
     """The centre square of a picture, at `size` pixels a side. -> (3, size, size) in [-1, 1]. Raises DataError."""
-    image = _open(path)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return _to_pixels(image, (left, top, left + side, top + side), size)
+    picture = read_picture(path)
+    return to_pixels(picture, centre_box(picture, (size, size)), (size, size))
 
 
 def load_crop(path: Path, size: int, rng: np.random.Generator, *, min_scale: float, flip: bool) -> Tensor:
@@ -34,12 +39,58 @@ def load_crop(path: Path, size: int, rng: np.random.Generator, *, min_scale: flo
 
     -> (3, size, size) in [-1, 1]. Raises DataError when the picture can't be read.
     """
-    image = _open(path)
-    side = round(min(image.size) * float(rng.uniform(min_scale, 1.0)) ** 0.5)
-    left = int(rng.integers(image.width - side + 1))
-    top = int(rng.integers(image.height - side + 1))
-    pixels = _to_pixels(image, (left, top, left + side, top + side), size)
+    picture = read_picture(path)
+    pixels = to_pixels(picture, random_box(picture, (size, size), rng, min_scale), (size, size))
     return pixels.flip(-1) if flip and rng.random() < 0.5 else pixels
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in mode RGB, or RGBA where parts of it are see-through. Raises DataError when it can't be read."""
+    with _named(path), Image.open(path) as image:
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def read_shape(path: Path) -> tuple[Size, bool]:
+    """Height and width of a picture, and whether parts of it may be see-through, from its header. Raises DataError."""
+    with _named(path), Image.open(path) as image:
+        return (image.height, image.width), image.has_transparency_data
+
+
+def centre_box(picture: Image.Image, size: Size) -> Box:
+    """The largest part of a picture that has the shape of `size`, from its middle."""
+    width, height = _largest(picture, size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return left, top, left + width, top + height
+
+
+def random_box(picture: Image.Image, size: Size, rng: np.random.Generator, min_scale: float) -> Box:
+    """A random part of the shape of `size`, with at least the share `min_scale` of the largest such part's area."""
+    share = float(rng.uniform(min_scale, 1.0)) ** 0.5
+    width, height = (max(1, round(side * share)) for side in _largest(picture, size))
+    left = int(rng.integers(picture.width - width + 1))
+    top = int(rng.integers(picture.height - height + 1))
+    return left, top, left + width, top + height
+
+
+def to_pixels(picture: Image.Image, box: Box, size: Size) -> Tensor:
+    """A part of a picture at `size`, in its own colours also where it is see-through. -> (3, H, W) in [-1, 1]."""
+    resized = picture.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS, box=box)
+    array = torch.from_numpy(np.array(resized))  # (H, W, 3) uint8
+    return array.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_mask(picture: Image.Image, box: Box, size: Size) -> Tensor:
+    """How opaque a part of a picture is, averaged over areas. -> (1, H, W): 0 is see-through, 1 opaque."""
+    resized = picture.convert("RGBA").getchannel("A").resize(size[::-1], Image.Resampling.BOX, box=box)
+    return torch.from_numpy(np.array(resized))[None].float() / 255  # of (H, W) uint8
+
+
+def _largest(picture: Image.Image, size: Size) -> tuple[int, int]:
+    """Width and height of the largest part of a picture that has the shape of `size`."""
+    height, width = size
+    if picture.width * height <= picture.height * width:
+        return picture.width, max(1, round(picture.width * height / width))
+    return max(1, round(picture.height * width / height)), picture.height
 
 
 def jitter(pixels: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
@@ -54,17 +105,12 @@ def jitter(pixels: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
     return ((grey + saturation * (unit - grey)).clamp(0, 1)) * 2 - 1
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
     try:
-        return Image.open(path).convert("RGB")
+        yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow has it
         raise DataError(f"The picture {path} can't be read ({error}); run `limner prepare` again.") from None
-
-
-def _to_pixels(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
-    resized = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
-    array = torch.from_numpy(np.array(resized))  # (size, size, 3) uint8
-    return array.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def save_grid(pixels: Tensor, path: Path, columns: int) -> None:

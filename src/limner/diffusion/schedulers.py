@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from limner.diffusion.objectives import TIMESTEPS, Objective
@@ -9,6 +10,8 @@ from limner.errors import ModelError
 
 PREDICTION_TYPES: dict[str, Objective] = {"flow_prediction": "flow", "epsilon": "eps", "v_prediction": "v"}
 """Diffusers' names for the objectives."""
+SCHEDULE = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+"""Settings of a scheduler that say at which noise levels a U-Net was trained."""
 
 
 def new(objective: Objective) -> Any:
@@ -30,6 +33,26 @@ def new(objective: Objective) -> Any:
     )
 
 
+def with_zero_terminal_snr(scheduler: Any) -> Any:
+    """The same scheduler, rescaled to end in pure noise and to sample from there.
+
+    Its betas become those of Lin et al. 2305.08891, algorithm 1, and its timesteps are spaced as "trailing" in their
+    table 2. Raises ModelError where its U-Net predicts something else than v, which alone says something about pure
+    noise (section 3.2), or where its class does not know how.
+    """
+    name, objective = type(scheduler).__name__, objective_of(scheduler)
+    if objective != "v":
+        raise ModelError(
+            f"zero_terminal_snr is for U-Nets that predict v, and this one predicts {objective}; leave it out."
+        )
+    if not {"rescale_betas_zero_snr", "timestep_spacing"} <= inspect.signature(type(scheduler)).parameters.keys():
+        raise ModelError(
+            f"A {name} can't sample from zero terminal SNR; put a DDIMScheduler's or DPMSolverMultistepScheduler's "
+            "configuration beside the U-Net, or leave out zero_terminal_snr."
+        )
+    return type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
 def objective_of(scheduler: Any) -> Objective:
     """What the U-Net beside this scheduler predicts. Raises ModelError where Limner can't train that."""
     if type(scheduler).__name__.startswith("FlowMatch"):  # those know no other, and don't name it
@@ -42,3 +65,26 @@ def objective_of(scheduler: Any) -> Objective:
             f"Limner can't train a U-Net with a {name} that predicts {prediction_type}; choose another model."
         )
     return objective
+
+
+def for_few_steps(scheduler: Any) -> Any:
+    """DDIM for a student of the U-Net beside this scheduler, with the same noise schedule, as plain Diffusers has it.
+
+    First-order DPM-Solver++ is DDIM (Lu et al. 2211.01095, section 4). Its steps begin at pure noise and end at data,
+    and the levels of more steps contain those of fewer. Raises ModelError as `objective_of`.
+    """
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    objective = objective_of(scheduler)
+    prediction_type = next(name for name, known in PREDICTION_TYPES.items() if known == objective)
+    schedule = {name: scheduler.config[name] for name in SCHEDULE if name in scheduler.config}
+    return DPMSolverMultistepScheduler(
+        **schedule,
+        num_train_timesteps=TIMESTEPS,
+        prediction_type=prediction_type,
+        use_flow_sigmas=objective == "flow",
+        flow_shift=scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0)),
+        solver_order=1,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
 
+from limner.diffusion.guidance import embedding as guidance_embedding
+from limner.diffusion.guidance import guided, is_folded
 from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
 from limner.models import vae as vaes
@@ -53,20 +54,6 @@ def initial_noise(seeds: Sequence[int | Generator], shape: Sequence[int]) -> Ten
     return torch.stack([torch.randn(tuple(shape), generator=source) for source in sources])
 
 
-def embeds_guidance(unet: Any) -> bool:
-    """Whether the U-Net takes the guidance scale as an input, so that guided and unguided steps are one pass each."""
-    return unet.config.get("time_cond_proj_dim") is not None
-
-
-def guidance_embedding(guidance: float, width: int) -> Tensor:
-    """What such a U-Net reads in place of a second pass -> (1, width); Meng et al. 2022, as Diffusers computes it."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half) * -(math.log(10_000.0) / (half - 1)))  # (half,)
-    angles = 1000.0 * (guidance - 1) * frequencies
-    embedding = torch.cat([angles.sin(), angles.cos()])[None]  # (1, 2 half)
-    return torch.nn.functional.pad(embedding, (0, width - 2 * half))
-
-
 @torch.no_grad()
 def denoise(
     unet: Any,
@@ -93,11 +80,11 @@ def denoise(
         scheduler.set_timesteps(steps, device=latents.device)
     except (ValueError, IndexError) as error:
         raise ConfigError(f"This model's {type(scheduler).__name__} can't take {steps} steps ({error}).") from None
-    embedding = None
-    if embeds_guidance(unet):
-        embedding = guidance_embedding(guidance, unet.config["time_cond_proj_dim"]).to(latents)  # (1, width)
-    two_passes = guidance > 1 and embedding is None
-    if two_passes:
+    embedding, folded = None, is_folded(unet)
+    if folded:
+        width = unet.config["time_cond_proj_dim"]
+        embedding = guidance_embedding(torch.tensor([guidance]), width).to(latents)  # (1, width)
+    elif guidance > 1:
         assert negative_states is not None, "guidance needs negative states"
         states = torch.cat([negative_states, states])  # (2N, L, D)
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
@@ -105,12 +92,11 @@ def denoise(
 
     latents = latents * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
-        given = torch.cat([latents, latents]) if two_passes else latents  # (2N or N, C, h, w)
-        given = scheduler.scale_model_input(given, t)
-        predicted = unet(given, t, encoder_hidden_states=states, timestep_cond=embedding, return_dict=False)[0]
-        if two_passes:
-            without, towards = predicted.chunk(2)  # (N, C, h, w) each
-            predicted = without + guidance * (towards - without)
+        given = scheduler.scale_model_input(latents, t)  # (N, C, h, w)
+        if folded or guidance <= 1:
+            predicted = unet(given, t, encoder_hidden_states=states, timestep_cond=embedding, return_dict=False)[0]
+        else:
+            predicted = guided(unet, given, t, states, guidance)
         latents = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
         if on_step is not None:  # some schedulers have more timesteps than steps
             of = len(scheduler.timesteps)

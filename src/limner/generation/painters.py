@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from limner.diffusion.guidance import is_folded
 from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
-from limner.generation.engine import OnStep, draw, embeds_guidance, encode_prompts, to_images
+from limner.generation.engine import OnStep, draw, encode_prompts, to_images
 from limner.generation.jobs import GUIDANCE, STEPS, Job, Spec
 from limner.models import hub, loading
 
@@ -104,7 +105,7 @@ class LatentDiffusion:
         return encode_prompts(self.text_encoder, self.tokenizer, prompts)
 
     def _two_passes(self, job: Job) -> bool:
-        return job.guidance != 1 and not embeds_guidance(self.unet)
+        return job.guidance != 1 and not is_folded(self.unet)
 
     def _latent_shape(self, job: Job) -> tuple[int, int, int]:
         assert job.height is not None

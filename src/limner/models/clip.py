@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from limner.config import TrainClipConfig
 from limner.errors import ConfigError
+from limner.models import pooling
 
 LENGTH = 77  # tokens that CLIP's text tower reads, as everything that uses one expects
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -38,6 +39,11 @@ class Clip:
         return bool(self.network.config.model_type == "clip")
 
     @property
+    def _pools(self) -> bool:
+        """Whether features are read at one token, by an attention that `pooling` does as the network would."""
+        return self.causal and self.network.config._attn_implementation == "sdpa"
+
+    @property
     def size(self) -> int:
         """Side of the pictures that the image tower reads, in pixels."""
         return int(self.network.config.vision_config.image_size)
@@ -60,12 +66,22 @@ class Clip:
 
     def text_features(self, ids: Tensor) -> Tensor:
         """Features of unit length of token ids (N, L) -> (N, E)."""
-        return normalize(self.network.get_text_features(self.trimmed(ids)).pooler_output.float(), dim=1)
+        ids, network = self.trimmed(ids), self.network
+        if self._pools:
+            ends = self.mask(ids).sum(dim=1) - 1  # (N,)
+            features = network.text_projection(pooling.pooled_text(network.text_model, ids, ends))
+        else:
+            features = network.get_text_features(ids).pooler_output
+        return normalize(features.float(), dim=1)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Features of unit length of pixels (N, 3, size, size) in [-1, 1] -> (N, E)."""
-        values = normalised(pixels, self.normalisation)
-        return normalize(self.network.get_image_features(values).pooler_output.float(), dim=1)
+        values, network = normalised(pixels, self.normalisation), self.network
+        if self._pools:
+            features = network.visual_projection(pooling.pooled_image(network.vision_model, values))
+        else:
+            features = network.get_image_features(values).pooler_output
+        return normalize(features.float(), dim=1)
 
     def token_states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What a U-Net may read of token ids; see the function of this name."""

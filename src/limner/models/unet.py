@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from limner.config import TrainUnetConfig
 
 NORM_GROUPS = 32  # of Stable Diffusion; fewer where the channels don't divide
+GUIDANCE_WIDTH = 256  # of what a U-Net reads of the guidance scale, as latent consistency models have it
 
 
 def new(config: TrainUnetConfig, *, side: int, latent_channels: int, state_width: int) -> Any:
@@ -32,3 +35,15 @@ def new(config: TrainUnetConfig, *, side: int, latent_channels: int, state_width
         cross_attention_dim=state_width,
         norm_num_groups=math.gcd(NORM_GROUPS, *config.channels),
     )
+
+
+def with_guidance(unet: Any) -> Any:
+    """A copy of a U-Net that takes the guidance scale as an input, and answers as it did until it has learned to."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    student = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+    weights = unet.state_dict()
+    reads = student.time_embedding.cond_proj.weight
+    weights.setdefault("time_embedding.cond_proj.weight", torch.zeros_like(reads))
+    student.load_state_dict(weights)
+    return student

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from limner.artifacts import Run
+from limner.artifacts import Run, write_json
 from limner.config import EncodeConfig
-from limner.data.dataset import Record, Split, read_split, read_training_split, split_identity
-from limner.data.latents import write_array, write_captions
-from limner.data.pictures import load_pixels
-from limner.errors import ConfigError
+from limner.data.buckets import bucket_sizes, nearest
+from limner.data.dataset import Record, Split, read_split, read_training_split
+from limner.data.latents import Kind, array_path, dataset_parents, write_array, write_captions
+from limner.data.pictures import (
+    Box,
+    Size,
+    centre_box,
+    load_pixels,
+    random_box,
+    read_picture,
+    read_shape,
+    to_mask,
+    to_pixels,
+)
+from limner.errors import ConfigError, DataError
 from limner.generation.engine import encode_prompts
 from limner.generation.prompts import length_of
 from limner.models import loading
 from limner.models import vae as vaes
 from limner.models.gate import TextFacts
 from limner.progress import progress
-
-ENCODED: tuple[Split, ...] = ("train", "val")  # test only reports
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,20 @@ class Encoders:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Pictures of a split that are stored at one size. It has no name where `buckets` is off."""
+
+    name: str
+    size: Size
+    records: dict[int, Record]
+    """Its pictures by their place in the split."""
+    views: int
+    """Views stored of each, mirrored ones among them."""
+    masked: int
+    """How many of its pictures have an alpha channel."""
+
+
 def run(config: EncodeConfig) -> Path:
     """Write the latent cache to `out/cache`, array by array; arrays that an earlier run finished are kept.
 
@@ -45,7 +71,7 @@ def run(config: EncodeConfig) -> Path:
     started = time.time()
     splits = _splits(config)
     encoders = _load(config)
-    parents = {f"data/{split}": split_identity(config.data, split) for split, records in splits.items() if records}
+    parents = dataset_parents(config.data)
     parents |= {"vae": loading.identity(config.vae, "vae"), "clip": loading.text_identity(config.clip)}
     run = Run.open(config.out, config, parents)
     if run.finished:
@@ -53,7 +79,11 @@ def run(config: EncodeConfig) -> Path:
         return run.folder
     cache = run.folder / "cache"
     for split, records in splits.items():
-        _encode_pictures(config, encoders, records, cache / split / "moments.npy")
+        buckets = _buckets(config, split, records)
+        for bucket in buckets:
+            _encode_pictures(config, encoders, bucket, cache / split)
+        if config.buckets:
+            write_json(cache / split / "buckets.json", {bucket.name: list(bucket.records) for bucket in buckets})
         write_captions(cache / split / "captions.json", [record.captions for record in records])
         captions = [caption for record in records for caption in record.captions]
         _encode_captions(config, encoders, captions, cache / split / "states.npy", f"{split} captions")
@@ -69,21 +99,22 @@ def plan(config: EncodeConfig) -> dict[str, Any]:
     """What `run` would do; nothing is written."""
     splits = _splits(config)
     encoders = _load(config)
+    buckets = {split: _buckets(config, split, records) for split, records in splits.items()}
     length = length_of(encoders.text_encoder, encoders.tokenizer)
-    pictures = sum(len(records) for records in splits.values())
     captions = sum(len(record.captions) for records in splits.values() for record in records)
-    side = config.size // vaes.factor(encoders.vae.config)
-    views = 1 + config.flips
-    moments = pictures * views * 2 * encoders.vae.config["latent_channels"] * side * side * 2
-    states = captions * length * encoders.text_encoder.config.hidden_size * 2
+    numbers = captions * length * encoders.text_encoder.config.hidden_size
+    for bucket in (bucket for own in buckets.values() for bucket in own):
+        numbers += math.prod(_shape(encoders, bucket, "moments"))
+        numbers += math.prod(_shape(encoders, bucket, "masks")) if bucket.masked else 0
+    views = sum(len(bucket.records) * bucket.views for own in buckets.values() for bucket in own)
     started = time.perf_counter()
     for record in splits["train"][:8]:
         _moments(encoders, load_pixels(record.path, config.size)[None])
-    seconds = (time.perf_counter() - started) / len(splits["train"][:8]) * pictures * views
+    seconds = (time.perf_counter() - started) / len(splits["train"][:8]) * views
     return {
-        "pictures": f"{pictures:,} in {views} views, latents of {side}x{side}",
+        **{split: "; ".join(_summary(encoders, bucket) for bucket in own) for split, own in buckets.items()},
         "captions": f"{captions:,}, {length} token states each",
-        "disk": f"{(moments + states) / 1e6:,.0f} MB",
+        "disk": f"{numbers * 2 / 1e6:,.0f} MB",
         "time": f"about {seconds / 60:,.0f} minutes for the pictures on {encoders.device}",
         "out": config.out,
     }
@@ -91,7 +122,32 @@ def plan(config: EncodeConfig) -> dict[str, Any]:
 
 def _splits(config: EncodeConfig) -> dict[Split, list[Record]]:
     train = read_training_split(config.data, captioned=False)
+    if not any(record.captions for record in train):
+        raise DataError(f"{config.data} has no caption in its train split; prepare a source that has some.")
     return {"train": train, "val": read_split(config.data, "val")}
+
+
+def _buckets(config: EncodeConfig, split: Split, records: Sequence[Record]) -> list[Bucket]:
+    """Which pictures of a split are stored at which size; their headers are read for it. Raises DataError."""
+    sizes = bucket_sizes(config.size, config.bucket_step) if config.buckets else [(config.size, config.size)]
+    placed: dict[Size, dict[int, Record]] = {size: {} for size in sizes}
+    masked = dict.fromkeys(sizes, 0)
+    for index, record in enumerate(records):
+        shape, has_alpha = read_shape(record.path)
+        size = nearest(shape, sizes)
+        placed[size][index] = record
+        masked[size] += has_alpha
+    views = (config.views if split == "train" else 1) * (1 + config.flips)
+    if not config.buckets:
+        return [Bucket("", size, placed[size], views, masked[size]) for size in sizes]
+    return [Bucket(f"{size[1]}x{size[0]}", size, own, views, masked[size]) for size, own in placed.items() if own]
+
+
+def _summary(encoders: Encoders, bucket: Bucket) -> str:
+    count, views, _, h, w = _shape(encoders, bucket, "moments")
+    masked = f", {bucket.masked:,} with a mask" if bucket.masked else ""
+    height, width = bucket.size
+    return f"{count:,} pictures of {width}x{height} in {views} views, latents of {w}x{h}{masked}"
 
 
 def _load(config: EncodeConfig) -> Encoders:
@@ -101,6 +157,11 @@ def _load(config: EncodeConfig) -> Encoders:
     vae = loading.load_vae(config.vae).to(device, memory_format=torch.channels_last)
     if config.size % vaes.factor(vae.config):
         raise ConfigError(f"--size {config.size} is not divisible by the VAE's factor {vaes.factor(vae.config)}.")
+    if config.buckets and config.bucket_step % vaes.factor(vae.config):
+        raise ConfigError(
+            f"bucket_step {config.bucket_step} is not divisible by the VAE's factor {vaes.factor(vae.config)}; "
+            "choose a multiple."
+        )
     text_encoder, tokenizer = loading.load_text_encoder(config.clip)
     return Encoders(vae, text_encoder.to(device), tokenizer, device)
 
@@ -110,15 +171,52 @@ def _moments(encoders: Encoders, pixels: Tensor) -> Tensor:
     return vaes.encode(encoders.vae, pixels.to(encoders.device))
 
 
-def _encode_pictures(config: EncodeConfig, encoders: Encoders, records: Sequence[Record], path: Path) -> None:
-    def encode(batch: Sequence[Record]) -> Tensor:
-        pixels = torch.stack([load_pixels(record.path, config.size) for record in batch])  # (N, 3, H, W)
-        views = [pixels, pixels.flip(-1)] if config.flips else [pixels]
-        return torch.stack([_moments(encoders, view) for view in views], dim=1)  # (N, V, 2C, h, w)
+def _shape(encoders: Encoders, bucket: Bucket, kind: Kind) -> tuple[int, ...]:
+    """Of the array of a bucket: (N, V, 2C, h, w), or (N, V, 1, h, w) of masks."""
+    factor, channels = vaes.factor(encoders.vae.config), int(encoders.vae.config["latent_channels"])
+    depth = 2 * channels if kind == "moments" else 1
+    return (len(bucket.records), bucket.views, depth, *(side // factor for side in bucket.size))
 
-    side = config.size // vaes.factor(encoders.vae.config)
-    shape = (len(records), 1 + config.flips, 2 * encoders.vae.config["latent_channels"], side, side)
-    _write(path, shape, _batched(records, config.batch_size), encode, f"{path.parent.name} pictures")
+
+def _encode_pictures(config: EncodeConfig, encoders: Encoders, bucket: Bucket, folder: Path) -> None:
+    """Write the moments of a bucket's pictures into the folder of their split, and masks where one has a mask."""
+
+    def moments(indices: Sequence[int]) -> Tensor:
+        pixels = _cut(config, bucket, indices, to_pixels, bucket.size)  # (N, V, 3, H, W)
+        return _moments(encoders, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])  # (N, V, 2C, h, w)
+
+    def masks(indices: Sequence[int]) -> Tensor:
+        return _cut(config, bucket, indices, to_mask, (height, width))  # (N, V, 1, h, w)
+
+    *_, height, width = _shape(encoders, bucket, "masks")
+    arrays: dict[Kind, Callable[[Sequence[int]], Tensor]] = {"moments": moments}
+    if bucket.masked:
+        arrays["masks"] = masks
+    for kind, encode in arrays.items():
+        batches = _batched(list(bucket.records), max(1, config.batch_size // bucket.views))
+        path, shape = array_path(folder, kind, bucket.name), _shape(encoders, bucket, kind)
+        _write(path, shape, batches, encode, f"{folder.name} {path.stem}")
+
+
+def _cut(
+    config: EncodeConfig,
+    bucket: Bucket,
+    indices: Sequence[int],
+    cut: Callable[[Image, Box, Size], Tensor],
+    size: Size,
+) -> Tensor:
+    """The views of some pictures, a mirrored one after its original -> (N, V, c, *size)."""
+
+    def views(index: int) -> Iterator[Tensor]:
+        picture = read_picture(bucket.records[index].path)
+        for view in range(bucket.views // (1 + config.flips)):
+            # By seed, picture and view, so that neither batches nor a kill change a bit of them
+            rng = np.random.default_rng([config.seed, index, view])
+            box = random_box(picture, bucket.size, rng, config.min_scale) if view else centre_box(picture, bucket.size)
+            shown = cut(picture, box, size)
+            yield from (shown, shown.flip(-1)) if config.flips else (shown,)
+
+    return torch.stack([torch.stack(list(views(index))) for index in indices])
 
 
 def _encode_captions(config: EncodeConfig, encoders: Encoders, captions: Sequence[str], path: Path, what: str) -> None:

@@ -138,7 +138,9 @@ def _is_finished(config: PrepareConfig, identity: dict[str, Any]) -> bool:
         return False
     facts = read_json(out / "dataset.json")
     try:
-        found = {"settings": facts["settings"], "sha256": facts["source"]["sha256"]}
+        # What a dataset of an older version doesn't say was as the default is
+        settings = {name: PrepareConfig.model_fields[name].default for name in identity["settings"]} | facts["settings"]
+        found = {"settings": settings, "sha256": facts["source"]["sha256"]}
     except (KeyError, TypeError):
         found = {}
     if found != identity:
@@ -166,7 +168,7 @@ def _decode(config: PrepareConfig, jobs: Sequence[Job], identity: dict[str, Any]
     journal = Journal(config.out, identity)
     outcomes = journal.outcomes()
     left = [job for job in jobs if job.name not in outcomes]
-    limits = Limits(config.size, config.min_side, config.max_pixels)
+    limits = Limits(config.size, config.min_side, config.max_pixels, config.keep_alpha)
     with progress("Decoding", len(jobs), done=len(jobs) - len(left)) as advance:
         fresh = decode_all(left, config.out, limits, _workers(config))
         for outcome in journal.record(fresh, list(outcomes.values())):

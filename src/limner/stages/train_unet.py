@@ -5,24 +5,29 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from limner.artifacts import identity, read_json, write_json
 from limner.config import EncodeConfig, TrainLoraConfig, TrainUnetConfig
-from limner.data.latents import LatentCache
+from limner.data.latents import LatentCache, dataset_parents
 from limner.data.pictures import may_flip, save_grid
 from limner.diffusion import objectives, schedulers
-from limner.errors import DataError, ModelError
+from limner.errors import ConfigError, DataError, ModelError
 from limner.generation.engine import denoise, encode_prompts, initial_noise
 from limner.models import gate, layers, loading, lora, unet
 from limner.models import vae as vaes
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example, Stream
+
+log = logging.getLogger(__name__)
 
 JUDGED = 256  # val pictures for the validation loss
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which each of them is judged
@@ -52,22 +57,18 @@ class TrainUnet:
     """The task: predict data, noise or what lies between, from noised latents and token states."""
 
     def __init__(self, config: TrainUnetConfig) -> None:
-        """Raises DataError, ModelError or ConfigError."""
+        """Raises ConfigError, DataError or ModelError."""
         self.config = config
         self.train, self.val = LatentCache(config.data, "train"), LatentCache(config.data, "val")
         if not len(self.val):
             raise DataError(f"{config.data} has no pictures in its val split; encode a dataset with some.")
         # EncodeConfig, to know the VAE and the text encoder that samples are drawn with
         self.encoded = EncodeConfig.model_validate(read_json(config.data / "config.json"))
-        if loading.identity(self.encoded.vae, "vae") != read_json(config.data / "manifest.json")["parents"]["vae"]:
-            raise DataError(
-                f"The VAE {self.encoded.vae} is not the one that {config.data} was encoded with; "
-                "encode into a new folder."
-            )
+        self._refuse_stale()
         self.vae_config = loading.read_config(loading.component(self.encoded.vae, "vae") / "config.json")
         self.prompt_states, self.empty = self._prompt_states()
-        channels, side = self.train.moments.shape[2] // 2, self.train.moments.shape[-1]
-        self.shape = (channels, side, side)
+        channels, side = len(self.train.view(0, 0)) // 2, self.encoded.size // vaes.factor(self.vae_config)
+        self.shape = (channels, side, side)  # of what is drawn
         self.parents = {"data": identity(config.data / "cache", "*")}
         if config.model is None:
             width = self.empty.shape[-1]
@@ -82,10 +83,39 @@ class TrainUnet:
                 lora.add(self.network, config)
             else:
                 layers.freeze_others(self.network, config.tune)
+        if config.zero_terminal_snr:
+            self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)
         self.objective = schedulers.objective_of(self.scheduler)
         self.betas = getattr(self.scheduler, "betas", None)
         self.rates: dict[str, float] = {}
-        self.stream = Stream(len(self.train), config.seed, self._example)
+        self.stream = self._stream()
+
+    def _refuse_stale(self) -> None:
+        """Raise DataError where what the cache was made from has changed since; the dataset may be gone."""
+        encoded, parents = self.encoded, read_json(self.config.data / "manifest.json")["parents"]
+        data = dataset_parents(encoded.data) if (encoded.data / "dataset.json").is_file() else parents
+        encoders = {"vae": loading.identity(encoded.vae, "vae"), "clip": loading.text_identity(encoded.clip)}
+        now = {**data, **encoders}
+        if changed := sorted(role for role in {**parents, **now} if parents.get(role) != now.get(role)):
+            named = {"vae": f"the VAE {encoded.vae}", "clip": f"the text encoder {encoded.clip}"}
+            what = " and ".join(named.get(role, f"{role} of {encoded.data}") for role in changed)
+            raise DataError(f"{self.config.data} is stale, as {what} changed since; encode into a new folder.")
+
+    def _stream(self) -> Stream:
+        """Raises ConfigError where the pictures of no bucket make up a batch."""
+        length, seed, size = len(self.train), self.config.seed, self.config.batch_size
+        if not self.encoded.buckets:
+            return Stream(length, seed, self._example)
+        stream = Stream(length, seed, self._example, multiple=size, groups=self.train.bucket)
+        if not stream.epoch:
+            raise ConfigError(
+                f"batch_size {size} is more than the {stream.largest} pictures of the largest bucket of "
+                f"{self.config.data}; lower it, as a batch has pictures of one bucket."
+            )
+        counts = np.bincount(self.train.bucket)
+        if few := counts[counts < size].sum():
+            log.warning("%d pictures are in buckets of less than a batch of %d, and are not trained on.", few, size)
+        return stream
 
     def _check_fit(self) -> None:
         known, width = self.network.config, self.empty.shape[-1]
@@ -118,42 +148,51 @@ class TrainUnet:
         captions = self.train.captions[index]
         dropped = not captions or rng.random() < self.config.caption_dropout
         caption = None if dropped else int(rng.integers(len(captions)))
-        mirrored = self.train.views > 1 and rng.random() < 0.5 and (caption is None or may_flip(captions[caption]))
+        mirrored = self.encoded.flips and rng.random() < 0.5 and (caption is None or may_flip(captions[caption]))
+        view = int(rng.integers(self.encoded.views)) * (1 + self.encoded.flips) + mirrored
+        seen = self.train.shown(index, view)
+        shape = (self.shape[0], *seen["moments"].shape[1:])
         return {
-            "moments": self.train.view(index, int(mirrored)),
+            **seen,
             "states": self.train.states(index, caption),
             "t": np.float32(objectives.draw_t(self.config.levels, rng)),
-            **{name: torch.from_numpy(rng.standard_normal(self.shape, np.float32)) for name in ("noise", "draw")},
+            "noise": objectives.draw_noise(shape, rng, self.config.noise_offset),
+            "draw": objectives.draw_noise(shape, rng),
         }
 
     def _answer(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Squared error of each picture's prediction -> (N,)."""
+        """Mean squared error of each picture's prediction, where its mask, if it has one, lets in -> (N,)."""
         x0 = vaes.to_latents(self.vae_config, vaes.sample(batch["moments"], batch["draw"]))
-        betas = None if self.betas is None else self.betas.to(x0.device)
-        alpha, sigma = objectives.level(self.objective, batch["t"], betas)
+        alpha, sigma = self._level(batch["t"])
         noised = objectives.add_noise(x0, batch["noise"], alpha, sigma)
         step = objectives.timestep(self.objective, batch["t"])
         predicted = network(noised, step, encoder_hidden_states=batch["states"], return_dict=False)[0]
         wanted = objectives.target(self.objective, x0, batch["noise"], alpha, sigma)
-        return (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
+        return objectives.mean_error((predicted.float() - wanted).square(), batch.get("mask"))
+
+    def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t (N,) -> (N, 1, 1, 1) each."""
+        betas = None if self.betas is None else self.betas.to(t.device)
+        return objectives.level(self.objective, t, betas)
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the prediction."""
-        return self._answer(network, batch).mean(), {}
+        """Mean squared error of the prediction, weighted by level where `min_snr` is set."""
+        errors = self._answer(network, batch)  # (N,)
+        if self.config.min_snr is not None:
+            errors = errors * objectives.min_snr(self.objective, *self._level(batch["t"]), self.config.min_snr)
+        return errors.mean(), {}
 
     def validate(self, samples: Path) -> dict[str, float]:
-        """The loss on fixed val pictures, noise and levels, by level; draws pictures."""
+        """The loss on fixed val pictures, noise and levels, by level and unweighted; draws pictures."""
         device = next(self.network.parameters()).device
         rng = np.random.default_rng(self.config.seed)
         sums = dict.fromkeys(LEVELS, 0.0)
-        indices = range(min(len(self.val), JUDGED))
-        for start in range(0, len(indices), self.config.batch_size):
-            chosen = indices[start : start + self.config.batch_size]
-            noise, draw = (
-                torch.from_numpy(rng.standard_normal((len(chosen), *self.shape), np.float32)) for _ in range(2)
-            )
+        for chosen in self._judged():
+            seen = default_collate([self.val.shown(index, 0) for index in chosen])
+            shape = (len(chosen), self.shape[0], *seen["moments"].shape[2:])
+            noise, draw = (objectives.draw_noise(shape, rng) for _ in range(2))
             fixed = {
-                "moments": torch.stack([self.val.view(index, 0) for index in chosen]),
+                **seen,
                 "states": torch.stack([self.val.states(i, 0 if self.val.captions[i] else None) for i in chosen]),
                 "noise": noise,
                 "draw": draw,
@@ -161,9 +200,17 @@ class TrainUnet:
             for t in LEVELS:
                 batch = {name: value.to(device) for name, value in {**fixed, "t": torch.full([len(chosen)], t)}.items()}
                 sums[t] += self._answer(self.network, batch).sum().item()
-        figures = {f"loss_at_{t}": total / len(indices) for t, total in sums.items()}
+        figures = {f"loss_at_{t}": total / min(len(self.val), JUDGED) for t, total in sums.items()}
         self._draw(samples / "drawn.png", device)
         return {"loss": sum(figures.values()) / len(figures), **figures}
+
+    def _judged(self) -> Iterator[list[int]]:
+        """The val pictures to be judged, in batches of one bucket."""
+        buckets = self.val.bucket[:JUDGED]
+        for bucket in np.unique(buckets):
+            indices = np.flatnonzero(buckets == bucket).tolist()
+            for start in range(0, len(indices), self.config.batch_size):
+                yield indices[start : start + self.config.batch_size]
 
     def _draw(self, path: Path, device: torch.device) -> None:
         states = self.prompt_states.to(device)

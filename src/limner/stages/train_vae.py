@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from limner.config import TrainVaeConfig
 from limner.data.dataset import read_split, read_training_split, split_identity
@@ -16,11 +18,13 @@ from limner.data.pictures import load_crop, load_pixels, save_grid
 from limner.errors import ConfigError, DataError
 from limner.models import loading
 from limner.models import vae as vaes
+from limner.models.critic import Critic, contest, turned
 from limner.models.perceptual import PerceptualDistance
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example, Stream
 
 MIN_SCALE = 0.5  # smallest share of a picture that a crop takes
+SHRUNK = (1, 2, 4)  # by how much latents are shrunk for `equivariance`
 JUDGED, SHOWN = 256, 8  # val pictures for the figures, and for the samples
 MEASURED = 1024  # train pictures from which the latents' mean and deviation are taken
 
@@ -39,20 +43,43 @@ def plan(config: TrainVaeConfig) -> dict[str, Any]:
 
 
 class Autoencoder(nn.Module):
-    """Pixels there and back in one forward."""
+    """Pixels there and back in one forward, and what a critic says of them."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, critic: Critic | None) -> None:
         super().__init__()
         self.vae = vae
+        self.critic = critic
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (N, 3, H, W), noise (N, C, h, w) -> pixels again (N, 3, H, W), and moments (N, 2C, h, w)."""
+    def forward(self, pixels: Tensor, noise: Tensor, turns: Tensor, shrink: Tensor) -> Seen:
+        """pixels (N, 3, S, S), noise (N, C, s, s), quarter turns (N,), divisors of the side (N,).
+
+        Latents are turned and shrunk, and what they decode to is to be the pixels turned and shrunk alike.
+        """
         moments = vaes.encode(self.vae, pixels)
-        return self.vae.decode(vaes.sample(moments, noise), return_dict=False)[0], moments
+        latents, wanted = (turned(x, turns) for x in (vaes.sample(moments, noise), pixels))
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for divisor in sorted(set(shrink.tolist())):
+            small, target = (avg_pool2d(x[shrink == divisor], divisor) for x in (latents, wanted))
+            pairs.append((self.vae.decode(small, return_dict=False)[0].float(), target))
+        again, target = pairs[0]  # the largest
+        contested = None if self.critic is None else contest(self.critic, target, again)
+        return Seen(pairs, moments.float(), contested)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a batch of pictures."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    """Reconstructions and what they should be, (n, 3, H, W) twice, in one size each."""
+    moments: Tensor
+    """(N, 2C, h, w)."""
+    contested: tuple[Tensor, Tensor] | None
+    """The critic's loss, and the one that it puts on the reconstructions, where there is a critic."""
 
 
 class TrainVae:
-    """The task: L1, L2 and perceptual distance of the reconstruction, and the divergence of the moments."""
+    """The task: L1, L2 and perceptual distance of the reconstruction, a critic's doubt, divergence of the moments."""
 
     def __init__(self, config: TrainVaeConfig) -> None:
         """Raises DataError, ModelError or ConfigError."""
@@ -68,9 +95,11 @@ class TrainVae:
             self.vae = loading.load_vae(config.model)
             self.parents["model"] = loading.identity(config.model, "vae")
         self.factor = vaes.factor(self.vae.config)
-        if config.size % self.factor:
-            raise ConfigError(f"--size {config.size} is not divisible by the VAE's factor {self.factor}.")
-        self.network: nn.Module = Autoencoder(self.vae)
+        step = self.factor * (max(SHRUNK) if config.equivariance else 1)
+        if config.size % step:
+            shrunk = f" times {max(SHRUNK)}, by which equivariance shrinks latents" if config.equivariance else ""
+            raise ConfigError(f"--size {config.size} is not divisible by the VAE's factor {self.factor}{shrunk}.")
+        self.network: nn.Module = Autoencoder(self.vae, Critic() if config.adversarial_weight else None)
         self.perceptual = PerceptualDistance() if config.perceptual_weight else None
         self.rates: dict[str, float] = {}
         self.stream = Stream(len(self.train), config.seed, self._example)
@@ -82,22 +111,38 @@ class TrainVae:
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:
         pixels = load_crop(self.train[index].path, self.config.size, rng, min_scale=MIN_SCALE, flip=True)
-        return {"pixels": pixels, "noise": self._noise(rng)}
+        moved = rng.random() < self.config.equivariance
+        return {
+            "pixels": pixels,
+            "noise": self._noise(rng),
+            "turns": int(rng.integers(4)) if moved else 0,
+            "shrink": int(rng.choice(SHRUNK)) if moved else 1,
+        }
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Kingma and Welling 2013, equation 10, with a likelihood that LPIPS-like features sharpen."""
-        pixels = batch["pixels"]
-        again, moments = network(pixels, batch["noise"])
-        figures = self._distances(again, pixels)
-        mean, logvar = moments.float().chunk(2, dim=1)
+        """Kingma and Welling 2013, equation 10, with a likelihood that LPIPS-like features and a critic sharpen.
+
+        With `equivariance` for a share of the pictures after a turn and a shrinking of their latents: EQ-VAE
+        (Kouzelis et al. 2502.09509, equation 5), which makes latents simpler to draw.
+        """
+        config = self.config
+        seen: Seen = network(batch["pixels"], batch["noise"], batch["turns"], batch["shrink"])
+        figures: dict[str, Tensor] = {}
+        for again, wanted in seen.pairs:
+            share = len(again) / len(batch["pixels"])
+            for name, value in self._distances(again, wanted).items():
+                figures[name] = figures.get(name, 0) + share * value
+        mean, logvar = seen.moments.chunk(2, dim=1)
         figures["kl"] = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        total = figures["l1"] + self.config.l2_weight * figures["l2"] + self.config.kl_weight * figures["kl"]
+        total = figures["l1"] + config.l2_weight * figures["l2"] + config.kl_weight * figures["kl"]
         if self.perceptual is not None:
-            total = total + self.config.perceptual_weight * figures["perceptual"]
+            total = total + config.perceptual_weight * figures["perceptual"]
+        if seen.contested is not None:
+            figures["critic"], figures["adversarial"] = seen.contested
+            total = total + figures["critic"] + config.adversarial_weight * figures["adversarial"]
         return total, figures
 
     def _distances(self, again: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-        again = again.float()
         difference = again - pixels
         figures = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
         if self.perceptual is not None:

@@ -72,7 +72,7 @@ def find_batch_size(task: Task, config: TrainConfig, accelerator: Accelerator) -
     free = _bytes("/proc/meminfo", "MemAvailable")
     on_cpu = accelerator.device.type == "cpu"  # a GPU says itself when it is full
     pace = timed(task, config, accelerator, room=int(ROOM * free) if on_cpu and free is not None else None)
-    return doubled(pace, most=min(task.stream.length, config.images))
+    return doubled(pace, most=min(task.stream.largest, config.images))
 
 
 def timed(task: Task, config: TrainConfig, accelerator: Accelerator, *, room: int | None) -> Callable[[int], float]:
@@ -91,7 +91,7 @@ def timed(task: Task, config: TrainConfig, accelerator: Accelerator, *, room: in
         nonlocal taken
         if room is not None and taken * size > room:
             raise torch.OutOfMemoryError
-        batch = next(task.stream.batches(0, size, size))
+        batch = next(task.stream.of(size).batches(0, size, size))
         seconds = []
         for _ in range(TIMED + 1):
             started = time.perf_counter()

@@ -151,6 +151,35 @@ def test_what_can_not_be_seen_is_white(mode: str) -> None:
     assert np.abs(pixels[:, 20:] - 255).max() <= 4
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("size", [None, 16])
+def test_what_can_not_be_seen_is_kept_where_it_is_asked_for(mode: str, size: int | None) -> None:
+    image = Image.new("RGBA", (32, 32), (90, 90, 90, 0))
+    image.paste((200, 200, 200, 255), (0, 0, 16, 32))
+    data = encoded(image.convert(mode) if mode != "P" else image.quantize(), "PNG")
+    checked = examine(data, "x.jpg", Limits(size=size, keep_alpha=True))
+    assert checked.suffix == ".png"
+    assert (checked.data == data) == (mode == "RGBA" and size is None)
+    assert "put on white" not in checked.changes
+    kept = Image.open(BytesIO(checked.data))
+    assert kept.mode == "RGBA"
+    pixels = np.asarray(kept.resize((32, 32), Image.Resampling.NEAREST)).astype(int)
+    assert np.abs(pixels[:, :12] - [200, 200, 200, 255]).max() <= 4
+    assert pixels[:, 20:, 3].max() <= 4
+    if mode != "P":  # a palette has one colour that is see-through
+        assert np.abs(pixels[:, 20:, :3] - 90).max() <= 4, "and its colours below too"
+
+
+def test_a_mask_makes_another_picture_and_its_lack_makes_none() -> None:
+    masked = photo(1).convert("RGBA")
+    masked.putalpha(Image.linear_gradient("L").resize(masked.size))
+    kept = Limits(keep_alpha=True)
+    assert examine(encoded(masked, "PNG"), "x", kept).pixels != examine(PNG, "x", kept).pixels
+    assert examine(jpeg(), "x.jpg", kept) == examine(jpeg(), "x.jpg", Limits())
+    tiff = examine(encoded(masked, "TIFF"), "x.tif", kept)
+    assert (tiff.suffix, tiff.changes) == (".png", ("TIFF to PNG",))
+
+
 def test_of_an_animation_the_first_frame_is_taken() -> None:
     data = encoded(photo(1), "WEBP", save_all=True, append_images=[photo(2)], lossless=True)
     checked = examine(data, "x.webp", Limits())

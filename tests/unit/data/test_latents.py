@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from limner.data.latents import LatentCache, write_array, write_captions
+from limner.data.latents import LatentCache, array_path, write_array, write_captions
 from limner.errors import DataError
 
 CAPTIONS = [["a dog", "a puppy"], [], ["a cat"]]
@@ -83,6 +84,75 @@ def test_an_array_is_a_plain_numpy_file(folder: Path) -> None:
     array = np.load(folder / "cache" / "train" / "moments.npy")
     assert array.dtype == np.float16
     assert array.shape == (3, 2, 8, 4, 4)
+
+
+# ---- buckets and masks
+
+ROWS = {"8x8": [2, 0], "12x4": [1]}  # pictures by size, WIDTHxHEIGHT
+
+
+@pytest.fixture
+def bucketed(folder: Path) -> Path:
+    """The same, with its train pictures in two buckets, of which the first has masks."""
+    train = folder / "cache" / "train"
+    (train / "moments.npy").unlink()
+    write_array(array_path(train, "moments", "8x8"), (2, 2, 8, 4, 4), [moments()[[2, 0]]])
+    write_array(array_path(train, "masks", "8x8"), (2, 2, 1, 4, 4), [moments()[[2, 0], :, :1].abs().clamp(max=1)])
+    write_array(array_path(train, "moments", "12x4"), (1, 2, 8, 2, 6), [moments()[:1, :, :, :3].reshape(1, 2, 8, 2, 6)])
+    (train / "buckets.json").write_text(json.dumps(ROWS))
+    return folder
+
+
+def test_pictures_are_found_in_their_buckets(bucketed: Path) -> None:
+    cache = LatentCache(bucketed, "train")
+    assert len(cache) == 3
+    assert cache.views == 2
+    assert cache.bucket.tolist() == [0, 1, 0]
+    half = moments().half().float()
+    for view in range(2):
+        assert torch.equal(cache.view(0, view), half[0, view])
+        assert torch.equal(cache.view(2, view), half[2, view])
+        assert torch.equal(cache.view(1, view), half[0, view, :, :3].reshape(8, 2, 6))
+        for index in (0, 2):
+            mask = cache.mask(index, view)
+            assert mask is not None
+            assert torch.equal(mask, half[index, view, :1].abs().clamp(max=1))
+        assert cache.mask(1, view) is None
+    assert {name: value.shape for name, value in cache.shown(0, 1).items()} == {"moments": (8, 4, 4), "mask": (1, 4, 4)}
+    assert set(cache.shown(1, 1)) == {"moments"}
+    assert torch.equal(cache.states(2, 0), states()[2].half().float())
+
+
+def test_without_buckets_all_pictures_are_in_one(folder: Path) -> None:
+    cache = LatentCache(folder, "train")
+    assert cache.bucket.tolist() == [0, 0, 0]
+    assert set(cache.shown(0, 0)) == {"moments"}
+    write_array(folder / "cache" / "train" / "masks.npy", (3, 2, 1, 4, 4), [torch.full((3, 2, 1, 4, 4), 0.5)])
+    assert torch.equal(LatentCache(folder, "train").shown(2, 1)["mask"], torch.full((1, 4, 4), 0.5))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [{"8x8": [2, 0]}, {"8x8": [2], "12x4": [1]}, {**ROWS, "12x4": [0]}, {"8x8": [0], "12x4": [1, 2]}, [1], {"8x8": 2}],
+)
+def test_buckets_of_another_cache_are_refused(bucketed: Path, rows: object) -> None:
+    (bucketed / "cache" / "train" / "buckets.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="damaged"):
+        LatentCache(bucketed, "train")
+
+
+def test_masks_of_another_cache_are_refused(bucketed: Path) -> None:
+    write_array(bucketed / "cache" / "train" / "masks-8x8.npy", (1, 2, 1, 4, 4), [torch.zeros(1, 2, 1, 4, 4)])
+    with pytest.raises(DataError, match="damaged"):
+        LatentCache(bucketed, "train")
+
+
+def test_a_cache_is_not_held_in_memory_nor_sent_to_another_process(bucketed: Path) -> None:
+    cache = LatentCache(bucketed, "train")
+    assert all(isinstance(array, np.memmap) for array in (*cache._moments, cache._masks[0], cache._states))
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1_000
+    assert torch.equal(pickle.loads(sent).view(2, 1), cache.view(2, 1))
 
 
 # ---- half an array is none

@@ -13,7 +13,19 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from limner.data.pictures import jitter, load_crop, load_pixels, may_flip, save_grid
+from limner.data.pictures import (
+    centre_box,
+    jitter,
+    load_crop,
+    load_pixels,
+    may_flip,
+    random_box,
+    read_picture,
+    read_shape,
+    save_grid,
+    to_mask,
+    to_pixels,
+)
 from limner.errors import DataError
 from photos import encoded, photo, put
 
@@ -142,6 +154,73 @@ def test_a_caption_with_a_side_forbids_mirroring(caption: str, allowed: bool) ->
     assert may_flip(caption) == allowed
 
 
+@settings(deadline=None)
+@given(
+    picture=st.tuples(st.integers(16, 90), st.integers(16, 90)),
+    size=st.tuples(st.integers(16, 64), st.integers(16, 64)),
+    seed=st.integers(0, 2**32),
+    min_scale=st.floats(0.01, 1),
+)
+def test_boxes_have_the_shape_that_is_asked_for_and_lie_in_the_picture(
+    picture: tuple[int, int], size: tuple[int, int], seed: int, min_scale: float
+) -> None:
+    image = Image.new("L", picture)
+    left, top, right, bottom = centre = centre_box(image, size)
+    drawn_box = random_box(image, size, np.random.default_rng(seed), min_scale)
+    assert drawn_box == random_box(image, size, np.random.default_rng(seed), min_scale)
+    for box in (centre, drawn_box):
+        assert 0 <= box[0] < box[2] <= image.width
+        assert 0 <= box[1] < box[3] <= image.height
+    across, down = right - left, bottom - top
+    assert across == image.width or down == image.height, "the largest part"
+    assert abs(across * size[0] - down * size[1]) <= max(size) / 2 + 1e-9, "of that shape, to half a pixel"
+    assert abs(left - (image.width - right)) <= 1, "from the middle"
+    assert abs(top - (image.height - bottom)) <= 1, "from the middle"
+    smaller = (drawn_box[2] - drawn_box[0], drawn_box[3] - drawn_box[1])
+    assert all(min_scale**0.5 * most - 1 <= side <= most for side, most in zip(smaller, (across, down), strict=True))
+
+
+def test_a_part_is_read_at_its_place(tmp_path: Path) -> None:
+    pixels = to_pixels(read_picture(ramp(tmp_path / "p.png", 40, 30)), (4, 2, 36, 26), (12, 16))
+    assert pixels.shape == (3, 12, 16)
+    columns, rows = ((pixels[i] + 1) * 127.5 for i in (0, 1))
+    assert_close(columns[6], torch.arange(16) * 2 + 4.5, rtol=0, atol=0.7)
+    assert_close(rows[:, 8], torch.arange(12) * 2 + 2.5, rtol=0, atol=0.7)
+
+
+# ---- what is see-through
+
+
+def see_through(path: Path) -> Path:
+    """A red picture, 32 wide and 16 high, whose left quarter can't be seen."""
+    image = Image.new("RGBA", (32, 16), (255, 0, 0, 255))
+    image.paste((255, 0, 0, 0), (0, 0, 8, 16))
+    image.save(path)
+    return path
+
+
+def test_the_header_tells_height_width_and_alpha(tmp_path: Path) -> None:
+    photo(0, 64, 48).save(tmp_path / "rgb.png")
+    assert read_shape(tmp_path / "rgb.png") == ((48, 64), False)
+    assert read_shape(see_through(tmp_path / "rgba.png")) == ((16, 32), True)
+    photo(0, 20, 30).quantize(4).save(tmp_path / "p.png", transparency=0)
+    assert read_shape(tmp_path / "p.png") == ((30, 20), True)
+
+
+def test_a_mask_is_the_mean_opacity_of_areas(tmp_path: Path) -> None:
+    picture = read_picture(see_through(tmp_path / "p.png"))
+    mask = to_mask(picture, (0, 0, 32, 16), (2, 8))
+    assert_close(mask, torch.tensor([[[0.0, 0, 1, 1, 1, 1, 1, 1]] * 2]))
+    assert_close(to_mask(picture, (2, 0, 10, 16), (1, 2)), torch.tensor([[[0.0, 0.5]]]), rtol=0, atol=1 / 255)
+    opaque = to_mask(photo(0, 20, 30), (0, 0, 20, 20), (5, 5))
+    assert torch.equal(opaque, torch.ones(1, 5, 5))
+
+
+def test_what_is_see_through_keeps_its_colour(tmp_path: Path) -> None:
+    pixels = load_pixels(see_through(tmp_path / "p.png"), 8)
+    assert torch.equal(pixels, torch.tensor([1.0, -1, -1])[:, None, None].expand(3, 8, 8))
+
+
 # ---- colours
 
 
@@ -204,9 +283,12 @@ def damaged(how: str) -> bytes:
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, how: str) -> None:
     if how != "missing":
         put(tmp_path, {"p.png": damaged(how)})
-    for load in (lambda: load_pixels(tmp_path / "p.png", 8), lambda: crop(tmp_path / "p.png", 0)):
+    for load in (load_pixels, crop):
         with pytest.raises(DataError, match=r"The picture .*p\.png can't be read .*limner prepare"):
-            load()
+            load(tmp_path / "p.png", 8)
+    if how != "cut":  # whose header is whole
+        with pytest.raises(DataError, match=r"The picture .*p\.png can't be read .*limner prepare"):
+            read_shape(tmp_path / "p.png")
 
 
 # ---- grids

@@ -93,6 +93,45 @@ def test_noise_becomes_data_of_the_right_distribution(objective: Objective, step
     assert abs(drawn.std() - std * place.std()) < tolerance
 
 
+# ---- zero terminal SNR
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+def test_zero_terminal_snr_rescales_what_is_left_of_the_data(tmp_path: Path, name: str) -> None:
+    """Algorithm 1 of Lin et al.: alpha moves down to end at 0, and is stretched to begin where it began."""
+    given = getattr(diffusers, name).from_config(schedulers.new("v").config)
+    schedulers.with_zero_terminal_snr(given).save_pretrained(tmp_path)
+    scheduler = loading.load_scheduler(str(tmp_path))
+    assert type(scheduler).__name__ == name
+    assert scheduler.config.rescale_betas_zero_snr
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.config.beta_end == given.config.beta_end
+    t = (torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS
+    alpha, sigma = (values.flatten() for values in level("v", t.double(), scheduler.betas))
+    before = level("v", t.double(), given.betas)[0].flatten()
+    wanted = before[0] * (before - before[-1]) / (before[0] - before[-1])
+    assert_close(alpha, wanted, rtol=0, atol=1e-5)
+    assert alpha[-1] == 0
+    assert sigma[-1] == 1
+
+
+def test_zero_terminal_snr_twice_is_once() -> None:
+    once = schedulers.with_zero_terminal_snr(schedulers.new("v"))
+    assert torch.equal(schedulers.with_zero_terminal_snr(once).betas, once.betas)
+
+
+@pytest.mark.parametrize("objective", ["flow", "eps"])
+def test_zero_terminal_snr_is_refused_where_v_is_not_predicted(objective: Objective) -> None:
+    with pytest.raises(ModelError, match=f"this one predicts {objective}; leave it out"):
+        schedulers.with_zero_terminal_snr(schedulers.new(objective))
+
+
+def test_zero_terminal_snr_is_refused_where_a_scheduler_does_not_know_it() -> None:
+    given = diffusers.PNDMScheduler.from_config(schedulers.with_zero_terminal_snr(schedulers.new("v")).config)
+    with pytest.raises(ModelError, match="PNDMScheduler can't sample from zero terminal SNR"):
+        schedulers.with_zero_terminal_snr(given)
+
+
 # ---- the objective of a scheduler
 
 

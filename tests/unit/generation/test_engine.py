@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from limner.errors import ConfigError
 from limner.generation.engine import (
     denoise,
     encode_prompts,
     generators,
-    guidance_embedding,
     initial_noise,
     paint,
     to_images,
@@ -57,13 +55,6 @@ def test_a_short_prompt_beside_a_long_one_is_filled_up_with_empty_pieces(model: 
     both = encode_prompts(encoder, tokenizer, ["dog", "a " * 80])  # (2, 154, D)
     alone = torch.cat([encode_prompts(encoder, tokenizer, [text]) for text in ("dog", "")], dim=1)  # (1, 154, D)
     assert torch.allclose(both[:1], alone, atol=1e-5)
-
-
-@pytest.mark.parametrize("guidance", [1.0, 1.5, 8.0])
-@pytest.mark.parametrize("width", [16, 17, 256])
-def test_the_guidance_embedding_is_that_of_diffusers(guidance: float, width: int) -> None:
-    theirs = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([guidance - 1]), width)
-    assert torch.allclose(guidance_embedding(guidance, width), theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pndm", "ddim", "dpm-flow"])  # pndm takes a timestep more than steps

@@ -124,3 +124,82 @@ def test_what_an_epoch_leaves_out_is_always_another() -> None:
     shown = Counter(made[k]["index"] for k in range(300 * 4))
     share, spread = 4 / 7, (4 / 7 * 3 / 7) ** 0.5
     assert all(abs(shown[index] - 300 * share) < 4 * spread * 300**0.5 for index in range(7))
+
+
+# ---- batches of one group
+
+
+def grouped(groups: list[int], batch_size: int, seed: int = 0) -> Stream:
+    """A stream whose batches of that size are each of one group."""
+    return Stream(len(groups), seed, example, multiple=batch_size, groups=np.array(groups))
+
+
+@st.composite
+def groupings(draw: st.DrawFn) -> tuple[list[int], int]:
+    """The group of each picture, and a batch size that at least one of the groups fills."""
+    batch_size = draw(st.integers(1, 6))
+    counts = draw(st.lists(st.integers(0, 15), min_size=1, max_size=4).filter(lambda own: max(own) >= batch_size))
+    return draw(st.permutations([group for group, count in enumerate(counts) for _ in range(count)])), batch_size
+
+
+@settings(deadline=None)
+@given(groupings(), st.integers(0, 99))
+def test_each_batch_is_of_one_group_and_an_epoch_shows_as_much_of_each_as_fills_batches(
+    grouping: tuple[list[int], int], seed: int
+) -> None:
+    groups, batch_size = grouping
+    made = grouped(groups, batch_size, seed)
+    wanted = {group: count // batch_size * batch_size for group, count in Counter(groups).items()}
+    assert made.epoch == sum(wanted.values())
+    assert made.largest == max(Counter(groups).values())
+    batches = [batch["index"].tolist() for batch in made.batches(0, 3 * made.epoch, batch_size)]
+    assert all(len({groups[index] for index in batch}) == 1 for batch in batches)
+    per = made.epoch // batch_size
+    for epoch in range(3):
+        shown = [index for batch in batches[epoch * per : (epoch + 1) * per] for index in batch]
+        assert len(set(shown)) == len(shown), "no picture twice"
+        assert Counter(groups[index] for index in shown) == +Counter(wanted)
+
+
+@settings(deadline=None)
+@given(groupings(), st.integers(0, 12), st.integers(0, 9))
+def test_examples_of_groups_do_not_depend_on_where_reading_begins(
+    grouping: tuple[list[int], int], first: int, seed: int
+) -> None:
+    groups, size = grouping
+    last = (first + 3) * size
+    whole = [grouped(groups, size, seed)[k] for k in range(last)]
+    rest = [e for b in grouped(groups, size, seed).batches(first * size, last, size) for e in b["noise"].tolist()]
+    assert rest == [e["noise"].tolist() for e in whole[first * size :]]
+
+
+def test_the_order_of_batches_within_groups_and_what_is_left_out_differ_by_epoch_and_seed() -> None:
+    groups = [0] * 13 + [1] * 14
+    made = [grouped(groups, 4, seed) for seed in range(3)]
+    orders = [tuple(own[e * own.epoch + k]["index"] for k in range(own.epoch)) for own in made for e in range(3)]
+    assert len(set(orders)) == 9
+    assert len({frozenset(order) for order in orders}) == 9, "others are left out"
+    assert len({tuple(groups[i] for i in order) for order in orders}) > 3, "groups take turns differently"
+    assert len({frozenset(frozenset(order[k : k + 4]) for k in range(0, 24, 4)) for order in orders}) == 9
+    shown = Counter(made[0][k]["index"] for k in range(300 * made[0].epoch))
+    for group, size in ((0, 13), (1, 14)):
+        share, spread = 12 / size, (12 / size * (1 - 12 / size)) ** 0.5
+        own = [shown[i] for i in range(27) if groups[i] == group]
+        assert all(abs(count - 300 * share) < 5 * spread * 300**0.5 for count in own)
+
+
+def test_workers_and_processes_see_the_same_groups() -> None:
+    groups = [0] * 9 + [1] * 8
+    whole = [batch["noise"] for batch in grouped(groups, 4).batches(8, 40, 4)]
+    assert [b.tolist() for b in whole] == [b["noise"].tolist() for b in grouped(groups, 4).batches(8, 40, 4, workers=2)]
+    shares = [list(grouped(groups, 4).batches(8, 40, 4, rank=rank, world=2)) for rank in range(2)]
+    for number, batch in enumerate(whole):
+        assert torch.equal(torch.stack([share[number]["noise"] for share in shares], 1).flatten(0, 1), batch)
+
+
+def test_a_stream_of_another_batch_size_keeps_pictures_and_groups() -> None:
+    other = grouped([0] * 9 + [1] * 6, 2, seed=3).of(5)
+    for batch in other.batches(0, 2 * other.epoch, 5):
+        assert len({int(index) < 9 for index in batch["index"]}) == 1
+    plain = stream()
+    assert plain.of(99) is plain

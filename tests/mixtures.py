@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from limner.config import TrainUnetConfig
 from limner.diffusion import schedulers
 from limner.diffusion.objectives import TIMESTEPS, Objective, draw_noise, draw_t, level, target
+from limner.models import vae as vaes
 from limner.stages.train_unet import TrainUnet
 from limner.training.stream import Example, Stream
 
@@ -95,6 +96,15 @@ class Pixelwise(nn.Module):
         return (self.end(self.rest(self.start(latents) + embedding[:, :, None, None])),)
 
 
+class Latents:
+    """What `TrainUnet` asks of a run of `limner encode`, of a VAE that changes nothing."""
+
+    @staticmethod
+    def latents(batch: dict[str, Tensor]) -> Tensor:
+        """As `Encoded.latents`."""
+        return vaes.to_latents({"scaling_factor": 1.0}, vaes.sample(batch["moments"], batch["draw"]))
+
+
 class Toy(TrainUnet):
     """`train unet` on `THREE` with a `Pixelwise` network: objective, levels, noise and loss are the real ones."""
 
@@ -102,7 +112,7 @@ class Toy(TrainUnet):
 
     def __init__(self, config: TrainUnetConfig) -> None:
         self.config = config
-        self.vae_config = {"scaling_factor": 1.0}
+        self.encoded = Latents()  # type: ignore[assignment]
         self.scheduler = schedulers.new(config.objective)
         if config.zero_terminal_snr:
             self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)

@@ -21,6 +21,7 @@ from limner.errors import ConfigError, DataError, ModelError, RunError
 from limner.models import loading
 from limner.stages import encode, train_unet
 from limner.stages.train_unet import TrainUnet
+from limner.training import encoded
 from tiny import tiny_unet
 from trainings import SIDE, config
 
@@ -39,7 +40,7 @@ def examples(
 @pytest.mark.parametrize("dropout", [0.0, 0.3, 1.0])
 def test_captions_are_dropped_as_often_as_asked(latents: Path, tmp_path: Path, dropout: float) -> None:
     task, shown = examples(latents, tmp_path, 400, caption_dropout=dropout)
-    dropped = sum(torch.equal(example["states"], task.empty[0]) for example in shown)  # type: ignore[arg-type]
+    dropped = sum(torch.equal(example["states"], task.encoded.empty[0]) for example in shown)  # type: ignore[arg-type]
     assert dropped / 400 == pytest.approx(dropout, abs=0.08 if 0 < dropout < 1 else 0)
 
 
@@ -137,7 +138,7 @@ def test_all_views_are_shown_and_mirrored_ones_never_with_a_side(bucketed: Path,
     task, _ = examples(tmp_path / "latents", tmp_path, 0, batch_size=1, caption_dropout=0)
     for index, wanted in ((0, {0, 1, 2, 3, 4, 5}), (1, {0, 2, 4})):
         moments = [task._example(index, np.random.default_rng(seed))["moments"] for seed in range(100)]
-        shown = [view for m in moments for view in range(6) if torch.equal(m, task.train.view(index, view))]
+        shown = [view for m in moments for view in range(6) if torch.equal(m, task.encoded.train.view(index, view))]
         assert len(shown) == 100
         assert set(shown) == wanted
 
@@ -147,9 +148,13 @@ def test_training_with_buckets_is_judged_on_all_of_them_and_draws_squares(bucket
     assert loading.load_unet(str(run)).config["sample_size"] == SIDE // 2
     assert Image.open(run / "samples" / "000000008" / "drawn.png").width == 4 * SIDE
     task, _ = examples(bucketed, tmp_path, 0, batch_size=4)
-    judged = list(task._judged())
-    assert sorted(index for chosen in judged for index in chosen) == list(range(len(task.val)))
-    assert all(len({int(task.val.bucket[index]) for index in chosen}) == 1 for chosen in judged)
+    val = task.encoded.val
+    assert len(np.unique(val.bucket)) > 1
+    judged = [moments for batch in task.encoded.judged(100, 4, 0) for moments in batch["moments"]]
+    assert len(judged) == len(val)
+    for index in range(len(val)):
+        own = val.view(index, 0)
+        assert sum(own.shape == other.shape and torch.equal(own, other) for other in judged) == 1
 
 
 def test_a_batch_beyond_every_bucket_is_refused_and_small_buckets_are_said(
@@ -210,7 +215,7 @@ def test_pictures_are_drawn_at_each_validation(latents: Path, tmp_path: Path) ->
     prompts = ("A red circle on a blue ground.", "A circle " * 100)
     run = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", images=8, sample_prompts=prompts))
     val = len(LatentCache(latents, "val"))
-    count = len(prompts) + min(val, train_unet.SHOWN)
+    count = len(prompts) + min(val, encoded.SHOWN)
     sheet = Image.open(run / "samples" / "000000008" / "drawn.png")
     assert sheet.size == (4 * SIDE, -(-count // 4) * SIDE)
     assert np.asarray(sheet).std() > 0

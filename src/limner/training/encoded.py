@@ -1,0 +1,141 @@
+"""What U-Nets are trained on: a run of `limner encode`, and how its examples, streams and samples are made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from limner.artifacts import identity, read_json
+from limner.config import EncodeConfig, TrainConfig
+from limner.data.latents import LatentCache, dataset_parents
+from limner.data.pictures import may_flip, save_grid
+from limner.diffusion.objectives import draw_noise
+from limner.errors import ConfigError, DataError, ModelError
+from limner.generation.engine import denoise, encode_prompts, initial_noise
+from limner.models import loading
+from limner.models import vae as vaes
+from limner.training.stream import Example, Stream
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8  # val captions that are drawn, beside the sample prompts
+
+
+class Encoded:
+    """A run of `limner encode`, its train and its val pictures."""
+
+    def __init__(self, folder: Path, sample_prompts: Sequence[str]) -> None:
+        """`sample_prompts` are drawn beside val captions. Raises DataError where it can't be trained on."""
+        self.folder = folder
+        self.train, self.val = LatentCache(folder, "train"), LatentCache(folder, "val")
+        if not len(self.val):
+            raise DataError(f"{folder} has no pictures in its val split; encode a dataset with some.")
+        # EncodeConfig, to know the VAE and the text encoder that samples are drawn with
+        self.settings = EncodeConfig.model_validate(read_json(folder / "config.json"))
+        self._refuse_stale()
+        self.vae_config = loading.read_config(loading.component(self.settings.vae, "vae") / "config.json")
+        self.prompt_states, self.empty = self._prompt_states(sample_prompts)  # (P, L, D), (1, L, D)
+        side = self.settings.size // vaes.factor(self.vae_config)
+        self.shape = (len(self.train.view(0, 0)) // 2, side, side)  # of what is drawn
+        self.text: dict[str, Any] | None = read_json(folder / "manifest.json").get("text")
+        self.identity = identity(folder / "cache", "*")
+
+    def _refuse_stale(self) -> None:
+        """Raise DataError where what the cache was made from has changed since; the dataset may be gone."""
+        settings, parents = self.settings, read_json(self.folder / "manifest.json")["parents"]
+        data = dataset_parents(settings.data) if (settings.data / "dataset.json").is_file() else parents
+        encoders = {"vae": loading.identity(settings.vae, "vae"), "clip": loading.text_identity(settings.clip)}
+        now = {**data, **encoders}
+        if changed := sorted(role for role in {**parents, **now} if parents.get(role) != now.get(role)):
+            named = {"vae": f"the VAE {settings.vae}", "clip": f"the text encoder {settings.clip}"}
+            what = " and ".join(named.get(role, f"{role} of {settings.data}") for role in changed)
+            raise DataError(f"{self.folder} is stale, as {what} changed since; encode into a new folder.")
+
+    def _prompt_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        captioned = [index for index, captions in enumerate(self.val.captions) if captions][:SHOWN]
+        states = [self.val.states(index, 0) for index in captioned]
+        if prompts:
+            own = encode_prompts(*loading.load_text_encoder(self.settings.clip), prompts)
+            states = [*own[:, : self.val.states(0, None).shape[0]], *states]
+        empty = self.val.states(0, None)
+        return torch.stack(states or [empty]), empty[None]
+
+    def refuse_misfit(self, unet: Any, model: str) -> None:
+        """Raise ModelError where the U-Net of `model` takes other latents or token states."""
+        for what, wanted, given in (
+            ("latents of {} channels", unet.config["in_channels"], self.shape[0]),
+            ("token states of width {}", unet.config["cross_attention_dim"], self.empty.shape[-1]),
+        ):
+            if wanted != given:
+                raise ModelError(
+                    f"The U-Net of {model} wants {what.format(wanted)}, and {self.folder} has {given}; "
+                    "encode with the VAE and CLIP that it was trained with."
+                )
+
+    def stream(self, config: TrainConfig, example: Callable[[int, np.random.Generator], Example]) -> Stream:
+        """The stream of train examples. Raises ConfigError where the pictures of no bucket make up a batch."""
+        length, seed, size = len(self.train), config.seed, config.batch_size
+        if not self.settings.buckets:
+            return Stream(length, seed, example)
+        stream = Stream(length, seed, example, multiple=size, groups=self.train.bucket)
+        if not stream.epoch:
+            raise ConfigError(
+                f"batch_size {size} is more than the {stream.largest} pictures of the largest bucket of "
+                f"{self.folder}; lower it, as a batch has pictures of one bucket."
+            )
+        counts = np.bincount(self.train.bucket)
+        if few := counts[counts < size].sum():
+            log.warning("%d pictures are in buckets of less than a batch of %d, and are not trained on.", few, size)
+        return stream
+
+    def example(self, index: int, rng: np.random.Generator, *, dropout: float) -> Example:
+        """A view of a train picture and one of its captions, or for a share `dropout` of the draws none.
+
+        `moments` (2C, h, w), `states` (L, D), and `mask` (1, h, w) where there is one.
+        """
+        captions = self.train.captions[index]
+        dropped = not captions or rng.random() < dropout
+        caption = None if dropped else int(rng.integers(len(captions)))
+        flips = self.settings.flips
+        mirrored = flips and rng.random() < 0.5 and (caption is None or may_flip(captions[caption]))
+        view = int(rng.integers(self.settings.views)) * (1 + flips) + mirrored
+        return {**self.train.shown(index, view), "states": self.train.states(index, caption)}
+
+    def latent_shape(self, moments: Tensor) -> tuple[int, ...]:
+        """Of the latents that moments (…, 2C, h, w) describe."""
+        *batch, _, height, width = moments.shape
+        return *batch, self.shape[0], height, width
+
+    def latents(self, batch: dict[str, Tensor]) -> Tensor:
+        """Latents of a batch with `moments` (N, 2C, h, w) and `draw` (N, C, h, w) -> (N, C, h, w)."""
+        return vaes.to_latents(self.vae_config, vaes.sample(batch["moments"], batch["draw"]))
+
+    def judged(self, most: int, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        """The first val pictures with fixed noise, in batches of one bucket, as examples are but for their view."""
+        rng = np.random.default_rng(seed)
+        buckets = self.val.bucket[:most]
+        for bucket in np.unique(buckets):
+            indices = np.flatnonzero(buckets == bucket).tolist()
+            for start in range(0, len(indices), batch_size):
+                chosen = indices[start : start + batch_size]
+                seen = default_collate([self.val.shown(index, 0) for index in chosen])
+                noise, draw = (draw_noise(self.latent_shape(seen["moments"]), rng) for _ in range(2))
+                states = [self.val.states(index, 0 if self.val.captions[index] else None) for index in chosen]
+                yield {**seen, "states": torch.stack(states), "noise": noise, "draw": draw}
+
+    def save_samples(self, path: Path, unet: Any, scheduler: Any, *, steps: int, guidance: float) -> None:
+        """Draw the sample prompts and val captions, each with a seed of its own, in one picture."""
+        device = next(unet.parameters()).device
+        states = self.prompt_states.to(device)
+        noise = initial_noise(range(len(states)), self.shape).to(device)
+        empty = self.empty.to(device).expand_as(states)
+        latents = denoise(unet, scheduler, noise, states, steps=steps, guidance=guidance, negative_states=empty)
+        vae = loading.load_vae(self.settings.vae).to(device)  # read for this, and not held while training
+        save_grid(vaes.decode(vae, latents), path, columns=4)

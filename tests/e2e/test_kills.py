@@ -22,7 +22,7 @@ from trainings import config, shapes, weights
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs SIGKILL and forked workers")
 
 KILLS = 20
-LAST = "000000064"
+LAST = "000000048"
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training(latents: Path, out: Path) -> TrainUnetConfig:
-    """One with a checkpoint every second step."""
-    return config(TrainUnetConfig, latents, out, images=64, checkpoint_every=16, validate_every=32, ema_halflife=50)
+    """One with a checkpoint each step."""
+    return config(TrainUnetConfig, latents, out, images=48, checkpoint_every=8, validate_every=24, ema_halflife=50)
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:

@@ -65,24 +65,8 @@ def test_an_unknown_tracker_is_named() -> None:
 
 @pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb")
 def test_wandb_gets_figures_and_settings_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = run_summing(settings(tmp_path / "r", trackers=("wandb",)))
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
-    records = []
-    while data := store.scan_data():
-        records.append(Record.FromString(data))
-    logged = [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
-    wanted = {line["images"]: line["loss"] for line in lines(run) if "loss" in line}
-    assert {each["_step"]: each["loss"] for each in logged if "loss" in each} == pytest.approx(wanted)
-    text = file.read_bytes()
-    assert b"batch_size" in text
-    assert b"limner" in text
+    content = file.read_bytes()
+    assert {name for name in ("limner", "batch_size", "validation/loss", "gap") if name.encode() not in content} == set()

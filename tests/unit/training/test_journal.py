@@ -69,4 +69,6 @@ def test_wandb_gets_figures_and_settings_without_a_network(tmp_path: Path, monke
     run = run_summing(settings(tmp_path / "r", trackers=("wandb",)))
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     content = file.read_bytes()
-    assert {name for name in ("limner", "batch_size", "validation/loss", "gap") if name.encode() not in content} == set()
+    assert {
+        name for name in ("limner", "batch_size", "validation/loss", "gap") if name.encode() not in content
+    } == set()

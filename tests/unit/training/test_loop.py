@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kills import kill, writes_of
 from limner.artifacts import Run, read_json, sha256_folder
 from limner.config import TrainConfig
-from limner.errors import RunError
+from limner.errors import ConfigError, RunError
 from limner.settings import resolve
 from limner.training import checkpoints
 from limner.training.loop import learning_rate, plan_training, run_training
@@ -199,6 +199,28 @@ def test_killed_at_any_write_it_stops_at_the_same_place_with_the_same_best(tmp_p
         assert {p.name for p in (killed.out / "checkpoints").iterdir()} == {"000000032", "best"}
         facts = [read_json(run / "checkpoints" / "000000032" / "state.json") for run in (whole, killed.out)]
         assert facts[0] == facts[1]
+
+
+@linux
+def test_schedule_free_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    given = {"optimizer": "schedule-free", "ema_halflife": None, "checkpoint_every": 8, "lr": 1e-2}
+    whole = run_summing(settings(tmp_path / "whole", **given))
+    killed = settings(tmp_path / "r", **given)
+    for at_write in (20, 24):
+        kill(run_summing, killed, at_write=at_write)
+    assert weights(run_summing(killed)) == weights(whole)
+    assert is_the_average_of(whole, "000000032")
+    saved = load_file(whole / "checkpoints" / "000000032" / "state.safetensors")
+    assert not torch.equal(saved["average.0"], saved["network.0.weight"]), "where gradients are taken is no result"
+
+
+def test_a_network_that_can_not_recompute_is_refused_before_any_work(tmp_path: Path) -> None:
+    for call in (run_training, plan_training):
+        with pytest.raises(ConfigError, match="leave out checkpointing"):
+            call(Summing, settings(tmp_path / "r", checkpointing=True))
+        with pytest.raises(ConfigError, match="needs a CUDA GPU"):
+            call(Summing, settings(tmp_path / "r", optimizer="adamw-8bit"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @linux

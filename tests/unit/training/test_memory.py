@@ -63,7 +63,7 @@ def test_weights_and_what_goes_with_them_are_counted() -> None:
 
 
 def test_activations_grow_with_the_images_that_are_held() -> None:
-    """Of each of its two rows: what batch norm takes, what ReLU gives and the layer takes (once), and the difference."""
+    """Of each of its two rows: what batch norm takes, what ReLU gives (and the layer takes), and the difference."""
     few, more = need(batch_size=8).activations, need(batch_size=16).activations
     row = 4 * WIDTH
     assert more - few == 8 * 2 * row * 3

@@ -14,8 +14,9 @@ from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from limner.config import TrainConfig
+from limner.config import TrainConfig, TrainUnetConfig
 from limner.errors import ConfigError
+from limner.settings import resolve
 from limner.training import optimizers
 from limner.training.optimizers import BETAS, EPS, orthogonal, reached
 from tiny import tiny_clip, tiny_unet, tiny_vae
@@ -176,6 +177,16 @@ def test_other_optimisers_reach_their_parameters(kind: str) -> None:
     optimizer = optimizers.new(network, settings(optimizer=kind), {})
     descend(network, optimizer, 3)
     assert all(map(torch.equal, reached(optimizer, network.parameters()), network.parameters()))
+
+
+def test_schedule_free_turns_off_what_it_takes_the_place_of_and_refuses_it() -> None:
+    chosen = config(TrainUnetConfig, Path("nowhere"), Path("r"), optimizer="schedule-free")
+    assert (chosen.schedule, chosen.ema_halflife) == ("constant", 0)
+    assert resolve(TrainUnetConfig, chosen.model_dump()) == chosen
+    for more in ({"schedule": "cosine"}, {"schedule": "cooldown"}, {"ema_halflife": 5}):
+        with pytest.raises(ConfigError, match="takes the place of schedule and ema_halflife; leave both out"):
+            config(TrainUnetConfig, Path("nowhere"), Path("r"), optimizer="schedule-free", **more)
+    assert config(TrainUnetConfig, Path("nowhere"), Path("r")).schedule == "cooldown"
 
 
 # ---- what is not there

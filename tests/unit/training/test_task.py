@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from limner.config import TrainConfig
+from limner.config import TrainClipConfig, TrainConfig
 from limner.errors import ConfigError
 from limner.models import vae as vaes
 from limner.training import optimizers, processes
@@ -60,6 +60,11 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole(images: int, micro: int) -
         assert_close(in_parts[name], value, rtol=1e-5, atol=1e-6)
     for one, two in zip(weights, other, strict=True):
         assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_a_contrastive_loss_is_not_taken_in_parts() -> None:
+    with pytest.raises(ConfigError, match="no mean over images; set chunk_size in place of micro_batch_size"):
+        config(TrainClipConfig, Path("nowhere"), Path("r"), micro_batch_size=4)
 
 
 # ---- recomputed activations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -348,6 +348,7 @@ MOVES = st.lists(st.sampled_from([(1, -1), (1, -1), (1, -1), (1, 0), (0, -1), (1
 
 @settings(deadline=None)
 @given(MOVES)
+@example([(1, -1)] * 3 + [(-1, -1)] + [(1, -1)] * 4)
 def test_overfitting_is_noticed_once_when_the_losses_draw_apart(moves: list[tuple[int, int]]) -> None:
     """Losses of validation and training; each mean is over two steps."""
     losses = [(100.0 + sum(v for v, _ in moves[:n]), 100.0 + sum(t for _, t in moves[:n])) for n in range(len(moves))]

@@ -35,6 +35,7 @@ def test_tensorboard_has_what_events_have(tmp_path: Path) -> None:
     run = run_summing(settings(tmp_path / "r"))
     found = EventAccumulator(str(run / "tensorboard"))
     found.Reload()
+    assert len(list((run / "tensorboard").iterdir())) == 1
     for name in ("loss", "validation/loss", "gap"):
         wanted = {line["images"]: line[name] for line in lines(run) if name in line}
         assert {event.step: event.value for event in found.Scalars(name)} == pytest.approx(wanted, rel=1e-6)

@@ -67,6 +67,7 @@ def test_activations_grow_with_the_images_that_are_held() -> None:
     few, more = need(batch_size=8).activations, need(batch_size=16).activations
     row = 4 * WIDTH
     assert more - few == 8 * 2 * row * 3
+    assert 2 * row * 3 <= need(batch_size=1).activations < 2 * row * 3 + 6 * row, "a few statistics, and no weights"
     assert need(batch_size=16, micro_batch_size=8).activations == few
     assert need(batch_size=16, micro_batch_size=64).activations == more
 
@@ -95,6 +96,7 @@ def test_too_little_memory_is_said_in_one_sentence(caplog: pytest.LogCaptureFixt
     accelerator = processes.join(None)
     with caplog.at_level(logging.WARNING):
         Need(4, 4, 8, 10).warn(settings(), accelerator)
+        Need(0, HUGE, 0, 0).warn(settings(), accelerator)  # weights that are there already need no more
         assert caplog.text == ""
         Need(4, 4, 8, HUGE).warn(settings(), accelerator)
     (record,) = caplog.records

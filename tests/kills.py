@@ -1,4 +1,4 @@
-"""A stage in a process of its own, which SIGKILL ends at a chosen write."""
+"""A stage in a process of its own, which SIGKILL ends at a chosen write or after a chosen time."""
 
 from __future__ import annotations
 
@@ -40,15 +40,25 @@ def writes_of(run: Callable[[C], Path], config: C) -> int:
 
 def kill(run: Callable[[C], Path], config: C, *, at_write: int) -> None:
     """Run a stage until just before its n-th write."""
-    code = _in_a_process(run, config, None, at_write)
-    assert code == -signal.SIGKILL, _log(config).read_text()
+    assert interrupt(run, config, at_write=at_write), "it ended before that"
 
 
-def _in_a_process(run: Callable[[C], Path], config: C, send: Any, at_write: int) -> int | None:
+def interrupt(run: Callable[[C], Path], config: C, *, at_write: int = 0, seconds: float | None = None) -> bool:
+    """Run a stage until just before its n-th write, or for so long; tell whether it had not ended before that."""
+    code = _in_a_process(run, config, None, at_write, seconds)
+    assert code in (0, -signal.SIGKILL), _log(config).read_text()
+    return code != 0
+
+
+def _in_a_process(
+    run: Callable[[C], Path], config: C, send: Any, at_write: int, seconds: float | None = None
+) -> int | None:
     context = multiprocessing.get_context("forkserver")  # which loads the libraries once
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run, args=(run, config, send, at_write))
     process.start()
+    process.join(seconds)
+    process.kill()
     process.join()
     return process.exitcode
 

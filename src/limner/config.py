@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -25,6 +25,10 @@ class Flag:
 
 
 FLAG = Flag()
+
+Tracker = Literal[
+    "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"
+]  # of Accelerate, by their packages' names
 
 
 class StageConfig(BaseModel):
@@ -88,6 +92,8 @@ class TrainConfig(StageConfig):
     changeable: ClassVar[frozenset[str]] = frozenset(
         # Where data and model lie is no part of the result; their sha256 are compared instead
         {"workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "images", "data", "model"}
+        # These change it by rounding alone, so that a run that ran out of memory can go on
+        | {"micro_batch_size", "checkpointing", "trackers"}
     )
 
     data: Annotated[Path, FLAG]
@@ -98,15 +104,24 @@ class TrainConfig(StageConfig):
     """Images to train on in all; a finished run goes on when this is raised."""
     batch_size: Annotated[PositiveInt, FLAG] = 32
     """Images a step, over all processes."""
+    micro_batch_size: PositiveInt | None = None
+    """Images that a process holds activations of at once, all of its share when left out; the gradient is that of the
+    whole batch."""
+    checkpointing: bool = False
+    """Keep few activations and compute the others again for the gradient: less memory, about a third more time."""
     auto: Annotated[bool, FLAG] = False
     """First find the batch size and the learning rate for this machine, or the one that is not given; the run's
     config.json keeps them."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all, or Muon for the matrices of the layers and AdamW for the rest; both take the same `lr`."""
+    optimizer: Literal["adamw", "muon", "schedule-free", "adamw-8bit"] = "adamw"
+    """AdamW for all; Muon for the matrices of the layers and AdamW for the rest, at the same `lr`; schedule-free AdamW,
+    which takes the place of `schedule` and `ema_halflife`; or AdamW with a state of 8 bits (CUDA and bitsandbytes)."""
     lr: Annotated[PositiveFloat, FLAG] = 1e-4
-    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
+    """Peak learning rate of AdamW: it rises over `warmup` and then follows `schedule`."""
+    schedule: Literal["cooldown", "cosine", "constant"] = "cooldown"
+    """After `warmup` the learning rate stays, and falls in a line over the last 30 % of the images; falls along half a
+    cosine; or stays to the end."""
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of the peak learning rate that is left at the end."""
+    """Share of the peak learning rate that is left at the end, where `schedule` lets it fall."""
     warmup: int = Field(default=2_000, ge=0)
     """Images over which the learning rate rises."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -127,6 +142,9 @@ class TrainConfig(StageConfig):
     """Threads of the arithmetic on CPU; torch's choice when left out."""
     log_every: PositiveInt = 1_000
     """Images between two lines of the log."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where figures go beside `events.jsonl`; each needs its own package, and is set up as that says (environment
+    variables, a login)."""
     validate_every: PositiveInt = 20_000
     """Images between validations, each with samples."""
     checkpoint_every: PositiveInt = 20_000
@@ -137,6 +155,25 @@ class TrainConfig(StageConfig):
     """Which weights become the result: the last, or those of the best validation."""
     patience: PositiveInt | None = None
     """Validations in a row without a new best after which the training ends; without it, it goes to its end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_free(cls, values: Any) -> Any:
+        """What schedule-free AdamW takes the place of is off unless somebody sets it."""
+        if isinstance(values, dict) and values.get("optimizer") == "schedule-free":
+            return {"schedule": "constant", "ema_halflife": 0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Self:
+        if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema_halflife):
+            raise ValueError("optimizer=schedule-free takes the place of schedule and ema_halflife; leave both out")
+        return self
+
+    @property
+    def held(self) -> int:
+        """Images that a process holds activations of at once, where all of the batch is its share."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
 
 class TrainVaeConfig(TrainConfig):
@@ -151,7 +188,7 @@ class TrainVaeConfig(TrainConfig):
     latent_channels: PositiveInt = 4
     """Channels of the latents of a new VAE."""
     lr: Annotated[PositiveFloat, FLAG] = 1e-3
-    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
+    """Peak learning rate of AdamW: it rises over `warmup` and then follows `schedule`."""
     kl_weight: float = Field(default=1e-4, ge=0)
     """Weight of the divergence of the moments from a unit Gaussian, in nats an element."""
     l2_weight: float = Field(default=1.0, ge=0)
@@ -180,7 +217,7 @@ class TrainClipConfig(TrainConfig):
     }
 
     lr: Annotated[PositiveFloat, FLAG] = 1e-5
-    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
+    """Peak learning rate of AdamW: it rises over `warmup` and then follows `schedule`."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's weight decay, on matrices and kernels only."""
     batch_size: Annotated[PositiveInt, FLAG] = 128
@@ -231,8 +268,15 @@ class TrainClipConfig(TrainConfig):
     unet: str | None = None
     """Model whose VAE and U-Net draw pictures for each mix of `sweep_alpha`."""
 
+    @property
+    def held(self) -> int:
+        """Images that a process holds activations of at once, where all of the batch is its share."""
+        return min(self.chunk_size or self.batch_size, self.batch_size)
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.micro_batch_size is not None:
+            raise ValueError("a contrastive loss is no mean over images; set chunk_size in place of micro_batch_size")
         if self.model is None:
             for name in ("sweep_alpha", "drift_weight"):
                 if getattr(self, name):
@@ -303,7 +347,7 @@ class TrainUnetConfig(TrainConfig):
     """Train the U-Net that turns noise into latents under the token states of a caption."""
 
     lr: Annotated[PositiveFloat, FLAG] = 5e-4
-    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
+    """Peak learning rate of AdamW: it rises over `warmup` and then follows `schedule`."""
     batch_size: Annotated[PositiveInt, FLAG] = 64
     """Images a step, over all processes."""
     objective: Annotated[Literal["flow", "eps", "v"], FLAG] = "flow"

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from limner.artifacts import read_json
 from limner.config import TrainConfig
 from limner.errors import ConfigError
 from limner.settings import resolve
-from limner.training import optimizers
+from limner.training import memory, optimizers
 from limner.training.average import WeightAverage
 from limner.training.task import Task, loss, place, step
 
@@ -69,7 +68,7 @@ def find_batch_size(task: Task, config: TrainConfig, accelerator: Accelerator) -
 
     Raises ConfigError where not even the smallest size has room.
     """
-    free = _bytes("/proc/meminfo", "MemAvailable")
+    free = memory.free(accelerator)
     on_cpu = accelerator.device.type == "cpu"  # a GPU says itself when it is full
     pace = timed(task, config, accelerator, room=int(ROOM * free) if on_cpu and free is not None else None)
     return doubled(pace, most=min(task.stream.largest, config.images))
@@ -84,7 +83,7 @@ def timed(task: Task, config: TrainConfig, accelerator: Accelerator, *, room: in
     place(task.network, accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
     average = WeightAverage(task.network, config.ema_halflife)
-    before = _bytes("/proc/self/status", "VmRSS")
+    before = memory.proc("/proc/self/status", "VmRSS")
     taken = 0.0  # bytes an image
 
     def pace(size: int) -> float:
@@ -101,7 +100,7 @@ def timed(task: Task, config: TrainConfig, accelerator: Accelerator, *, room: in
             average.update(size, size)
             figures["loss"].item()  # waits for the GPU
             seconds.append(time.perf_counter() - started)
-        most = _bytes("/proc/self/status", "VmHWM")
+        most = memory.peak(accelerator)
         if before is not None and most is not None:
             taken = (most - before) / size
         return size / min(seconds[1:])
@@ -140,10 +139,11 @@ def find_rate(task: Task, config: TrainConfig, accelerator: Accelerator) -> floa
     optimizer = optimizers.new(task.network, config, task.rates)
     batches = task.stream.batches(0, (STEPS + 1) * config.batch_size, config.batch_size, workers=config.workers)
     held_back = next(batches)  # judged by one batch, the loss is free of the noise between batches
-    settings = {"seed": config.seed, "config": config, "accelerator": accelerator}
+    settings = {"config": config, "accelerator": accelerator}
 
     def loss_after(rate: float) -> float:
-        step(task, task.network, optimizer, next(batches), rate=rate, **settings)
+        step(task, task.network, optimizer, next(batches), rate=rate, seed=config.seed, **settings)
+        torch.manual_seed(config.seed)
         with torch.no_grad():
             return loss(task, task.network, held_back, **settings)[0].item()
 
@@ -185,11 +185,3 @@ def chosen_rate(rates: list[float], losses: list[float]) -> float:
 
 def _with(config: C, found: Mapping[str, object]) -> C:
     return resolve(type(config), {**config.model_dump(), "auto": False, **found})
-
-
-def _bytes(file: str, name: str) -> int | None:
-    """A figure of Linux's /proc in bytes; None on other systems."""
-    if not Path(file).exists():
-        return None
-    lines = (line.split() for line in Path(file).read_text().splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words[0] == f"{name}:"), None)

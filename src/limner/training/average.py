@@ -20,11 +20,11 @@ class WeightAverage:
         self.averages = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
-    def update(self, images: int, seen: int) -> None:
-        """Take in the current weights after a step of `images`, `seen` in all."""
+    def update(self, images: int, seen: int, weights: list[Tensor] | None = None) -> None:
+        """Take in the current weights, or these in their place, after a step of `images`, `seen` in all."""
         halflife = min(self.halflife, seen * RAMP)
         keep = 0.5 ** (images / halflife) if halflife else 0.0
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - keep)
+        torch._foreach_lerp_(self.averages, weights or [p.detach() for p in self.parameters], 1 - keep)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -19,14 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from limner.artifacts import PARTIAL, atomic_folder
+from limner.artifacts import PARTIAL, atomic_folder, sha256
 from limner.errors import RunError
 from limner.training.average import WeightAverage
+from limner.training.optimizers import COUNTS, TABLES
 
 log = logging.getLogger(__name__)
 
 TENSORS, FACTS = "state.safetensors", "state.json"
 BEST = "best"
+OVERFIT = 3  # validations in a row at which the losses of validation and training drew apart
 DAMAGE = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)  # what reading it may raise
 
 
@@ -44,6 +46,19 @@ class Facts:
     """Images seen at that validation."""
     stale: int = 0
     """Validations since then."""
+    steps: int = 0
+    """Steps since the latest validation."""
+    summed: float = 0.0
+    """Sum of their training losses."""
+    trained: float | None = None
+    """Mean training loss of the steps before the latest validation, back to the one before it."""
+    widening: int = 0
+    """Validations in a row at which the loss of validation had risen and that of training fallen; from `OVERFIT` on it
+    only grows."""
+
+    def trained_on(self, images: int, loss: float) -> Self:
+        """The same after a step of so many images, whose training loss this was."""
+        return replace(self, images=self.images + images, steps=self.steps + 1, summed=self.summed + loss)
 
     @property
     def is_best(self) -> bool:
@@ -53,9 +68,31 @@ class Facts:
     def judged(self, validation: dict[str, float]) -> Self:
         """The same after a validation with these figures, of which `loss` counts."""
         loss = validation["loss"]
+        trained = self.summed / self.steps if self.steps else None
+        widens = (
+            self.validation is not None
+            and loss > self.validation["loss"]
+            and self.trained is not None
+            and trained is not None
+            and trained < self.trained
+        )
+        widening = self.widening + 1 if widens or self.widening >= OVERFIT else 0
+        now = replace(self, validation=validation, steps=0, summed=0.0, trained=trained, widening=widening)
         if self.best is None or loss < self.best:
-            return replace(self, validation=validation, best=loss, best_at=self.images, stale=0)
-        return replace(self, validation=validation, stale=self.stale + 1)
+            return replace(now, best=loss, best_at=self.images, stale=0)
+        return replace(now, stale=self.stale + 1)
+
+    @property
+    def gap(self) -> float | None:
+        """By how much the latest validation's loss is above the mean training loss of the steps before it."""
+        if self.validation is None or self.trained is None:
+            return None
+        return self.validation["loss"] - self.trained
+
+    @property
+    def begins_to_overfit(self) -> bool:
+        """Whether the latest validation is the one to warn at, which comes once in a training."""
+        return self.widening == OVERFIT
 
 
 def save(
@@ -68,11 +105,16 @@ def save(
 ) -> None:
     """Write a checkpoint atomically, named by its images; then `tidy`."""
     tensors = _prefixed("network", _trained(network)) | _prefixed("average", average.state())
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= _prefixed(f"optimizer.{number}", state)
+    for number, parameter in enumerate(_parameters(optimizer)):
+        state = optimizer.state.get(parameter, {})
+        tensors |= _prefixed(f"optimizer.{number}", {name: torch.as_tensor(value) for name, value in state.items()})
+    for number, group in enumerate(optimizer.param_groups):
+        counts = {name: torch.tensor(float(group[name]), dtype=torch.float64) for name in COUNTS if name in group}
+        tensors |= _prefixed(f"group.{number}", counts)
     with atomic_folder(_folder(checkpoints, facts)) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
-        (partial / FACTS).write_text(json.dumps(asdict(facts)))
+        stored = {**asdict(facts), "sha256": sha256(partial / TENSORS)}
+        (partial / FACTS).write_text(json.dumps(stored))
     tidy(checkpoints, keep, facts)
 
 
@@ -138,12 +180,16 @@ def _trained(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _load(folder: Path, network: nn.Module, average: WeightAverage, optimizer: torch.optim.Optimizer | None) -> Facts:
-    facts = Facts(**json.loads((folder / FACTS).read_text()))
+    stored = json.loads((folder / FACTS).read_text())
+    digest = stored.pop("sha256", None)  # which older versions did not store
+    facts = Facts(**stored)
+    if digest is not None and sha256(folder / TENSORS) != digest:
+        raise ValueError(f"{TENSORS} is not as it was written")
     tensors = load_file(folder / TENSORS)
     _copy(_below("network", tensors), _trained(network))
     _copy(_below("average", tensors), average.state())
     if optimizer is not None:
-        _load_optimizer(optimizer, _below("optimizer", tensors))
+        _load_optimizer(optimizer, _below("optimizer", tensors), _below("group", tensors))
     return facts
 
 
@@ -155,18 +201,29 @@ def _copy(stored: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         tensor.copy_(stored[name])
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Those that an optimiser moves, in the order of the numbers of its state."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], counts: dict[str, Tensor]) -> None:
+    parameters = _parameters(optimizer)
+    state: dict[int, dict[str, Tensor | float]] = {}
     for name, tensor in tensors.items():
         number, key = name.split(".", 1)
-        value = tensor
-        if tensor.ndim:  # else it is a count, or of a scalar
+        value: Tensor | float = tensor
+        if tensor.dtype == torch.int64:  # a count that was no tensor
+            value = tensor.item()
+        elif tensor.ndim and key not in TABLES:  # else it is a count, or of a scalar
             # Laid out as its parameter is, since fused kernels take both as they lie in memory
             value = torch.empty_like(parameters[int(number)], dtype=tensor.dtype)
             _copy({key: tensor}, {key: value})
         state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for name, tensor in counts.items():
+        number, key = name.split(".", 1)
+        groups[int(number)][key] = tensor.item()
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Figures over a training: one JSON object a line in `events.jsonl`, and TensorBoard."""
+"""Figures over a training: one JSON object a line in `events.jsonl`, and the trackers that are set."""
 
 from __future__ import annotations
 
@@ -8,16 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, get_available_trackers
 from torch import Tensor
+
+from limner.config import TrainConfig
+from limner.errors import ConfigError
+from limner.training import memory
+
+PROJECT = "limner"
+
+
+def refuse_unavailable(trackers: tuple[str, ...]) -> None:
+    """Raise ConfigError where a tracker's package is missing."""
+    for name in trackers:
+        if name not in map(str, get_available_trackers()):
+            raise ConfigError(f"trackers has {name}, which needs a package: pip install {name}; or leave it out.")
 
 
 class Journal:
     """Writes figures by the number of images seen; the rate counts this process's part of the run alone."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, accelerator: Accelerator) -> None:
         self.file = folder / "events.jsonl"
         self.accelerator = accelerator
-        accelerator.init_trackers("tensorboard")
+        # TensorBoard takes the project for a folder's name, so that it is given one of its own
+        accelerator.log_with = [
+            TensorBoardTracker("tensorboard", folder) if name == "tensorboard" else name for name in config.trackers
+        ]
+        accelerator.init_trackers(PROJECT, init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}})
+        settings = json.loads(config.model_dump_json())
+        plain = {name: v if isinstance(v, str | int | float) else str(v) for name, v in settings.items()}
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # which would make a run of its own of them
+                tracker.store_init_configuration(plain)
         self.started: tuple[float, int] | None = None
 
     def write(self, seen: int, figures: dict[str, Any]) -> None:
@@ -27,6 +50,8 @@ class Journal:
         values = {name: float(v.detach() if isinstance(v, Tensor) else v) for name, v in figures.items()}
         if seen > first:
             values["images_per_second"] = (seen - first) / (now - began)
+        if (peak := memory.peak(self.accelerator)) is not None:
+            values["peak_memory_mb"] = peak / 1e6
         self.accelerator.log(values, step=seen)
         if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as file:

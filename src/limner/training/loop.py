@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,12 +18,15 @@ from limner.artifacts import Run, atomic_folder
 from limner.config import TrainConfig
 from limner.errors import RunError
 from limner.progress import progress
-from limner.training import auto, checkpoints, optimizers, processes
+from limner.training import auto, checkpoints, memory, optimizers, processes
 from limner.training.average import WeightAverage
 from limner.training.checkpoints import Facts
-from limner.training.journal import Journal
+from limner.training.journal import Journal, refuse_unavailable
+from limner.training.memory import Need, megabytes
 from limner.training.processes import on_main
-from limner.training.task import Task, place, step
+from limner.training.task import Task, place, recompute, step
+
+log = logging.getLogger(__name__)
 
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls
 TIMED_STEPS = 2  # of --dry-run, after one to warm up
@@ -38,11 +41,7 @@ def run_training(make: Callable[[C], Task], config: C) -> Path:
     `accelerate launch` starts them, call it; only the main one writes and prints.
     """
     started = time.time()
-    accelerator = processes.join(config.out)
-    build = partial(_build, make)
-    config = auto.settled(build, config, accelerator)
-    processes.refuse_uneven(config.batch_size, accelerator)
-    task = build(config)
+    task, config, accelerator = _begin(make, config)
     run = on_main(accelerator, Run.open, config.out, config, task.parents)
     said = on_main(accelerator, _nothing_to_do, run, config)
     if said is None:
@@ -57,40 +56,55 @@ def run_training(make: Callable[[C], Task], config: C) -> Path:
 
 def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
     """What `run_training` would do: sizes, and the time as a few steps on this machine took. Nothing is written."""
-    accelerator = processes.join(None)
-    build = partial(_build, make)
-    config = auto.settled(build, config, accelerator)
-    processes.refuse_uneven(config.batch_size, accelerator)
-    task = build(config)
+    task, config, accelerator = _begin(make, config)
     place(task.network, accelerator)
+    need = Need.of(task, config, accelerator)
+    need.warn(config, accelerator)
+    there = memory.free(accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
     batches = task.stream.batches(0, (TIMED_STEPS + 1) * config.batch_size, config.batch_size)
     started = time.perf_counter()
     for number, batch in enumerate(batches):
         if number == 1:
             started = time.perf_counter()
-        figures = step(task, task.network, optimizer, batch, rate=0.0, seed=0, config=config, accelerator=accelerator)
+        with memory.shortage(config, accelerator):
+            figures = step(
+                task, task.network, optimizer, batch, rate=0.0, seed=0, config=config, accelerator=accelerator
+            )
         figures["loss"].item()  # waits for the GPU
     rate = TIMED_STEPS * config.batch_size / (time.perf_counter() - started)
-    count = sum(p.numel() for p in task.network.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in task.network.parameters() if not p.requires_grad)
     return {
-        "trains": f"{count / 1e6:.1f} M parameters in {config.precision} on {accelerator.device}",
+        "trains": f"{need.trained / 4e6:.1f} M parameters in {config.precision} on {accelerator.device}",
         "examples": f"{task.stream.length:,}, each seen about {config.images / task.stream.length:.1f} times",
         "steps": f"{math.ceil(config.images / config.batch_size):,} of {config.batch_size} images",
-        "memory": f"{(count * 20 + frozen * 4) / 1e6:,.0f} MB for weights, gradients, {config.optimizer} and average, "
-        "besides activations",
-        "checkpoint": f"{count * 16 / 1e6:,.0f} MB each, {config.keep_checkpoints} and the best are kept",
+        "memory": f"{megabytes(need.lasting)} for weights, gradients, {config.optimizer} and average, "
+        f"about {megabytes(need.activations)} for activations of {memory.held(config, accelerator)} images"
+        + ("" if there is None else f"; {megabytes(there)} are free"),
+        "checkpoint": f"{megabytes(need.checkpoint)} each, {config.keep_checkpoints} and the best are kept",
         "time": f"{config.images / rate / 60:,.0f} minutes at {rate:.1f} images/s, without validation",
         "out": config.out,
     }
+
+
+def _begin(make: Callable[[C], Task], config: C) -> tuple[Task, C, Accelerator]:
+    """The task, the configuration with numbers in place of `auto`, and the processes; nothing is written."""
+    refuse_unavailable(config.trackers)
+    accelerator = processes.join(config.out)
+    optimizers.refuse_missing(config.optimizer, accelerator.device)
+    build = partial(_build, make)
+    config = auto.settled(build, config, accelerator)
+    processes.refuse_uneven(config.batch_size, accelerator)
+    return build(config), config, accelerator
 
 
 def _build(make: Callable[[C], Task], config: C) -> Task:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)  # the first weights of a new network
-    return make(config)
+    task = make(config)
+    if config.checkpointing:
+        recompute(task.network)
+    return task
 
 
 def _nothing_to_do(run: Run, config: TrainConfig) -> str | None:
@@ -113,6 +127,7 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
     is left as it is.
     """
     place(task.network, accelerator)
+    Need.of(task, config, accelerator).warn(config, accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
     average = WeightAverage(task.network, config.ema_halflife)
     facts = checkpoints.load_newest(run.checkpoints, task.network, average, optimizer)
@@ -120,7 +135,7 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
     on_main(accelerator, checkpoints.tidy, run.checkpoints, config.keep_checkpoints, facts)
     if config.compile:
         network = torch.compile(network)
-    journal = Journal(run.folder, accelerator)
+    journal = Journal(run.folder, config, accelerator)
     batches = task.stream.batches(
         facts.images,
         config.images,
@@ -135,37 +150,48 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
             seen = facts.images
             rate = learning_rate(seen, config)
             dropout = config.seed + seen + accelerator.process_index
-            figures = step(
-                task, network, optimizer, next(batches), rate=rate, seed=dropout, config=config, accelerator=accelerator
-            )
+            given = {"rate": rate, "seed": dropout, "config": config, "accelerator": accelerator}
+            with memory.shortage(config, accelerator):
+                figures = step(task, network, optimizer, next(batches), **given)
             figures = accelerator.reduce(figures, "mean")
             for name in ("loss", "gradient"):
                 _refuse_nan(name, figures[name].item(), seen, config)
-            facts = replace(facts, images=seen + config.batch_size)
-            average.update(config.batch_size, facts.images)
+            facts = facts.trained_on(config.batch_size, figures["loss"].item())
+            average.update(config.batch_size, facts.images, optimizers.reached(optimizer, average.parameters))
             advance(config.batch_size)
 
             if _due(config.log_every, seen, facts, config):
                 journal.write(facts.images, {**figures, "lr": rate})
             if _due(config.validate_every, seen, facts, config):
                 validation = on_main(accelerator, _validate, task, average, run.samples / f"{facts.images:09d}")
-                journal.write(facts.images, {f"validation/{name}": value for name, value in validation.items()})
-                _refuse_nan("validation loss", validation["loss"], facts.images, config)
                 facts = facts.judged(validation)
+                judged = {f"validation/{name}": value for name, value in validation.items()}
+                journal.write(facts.images, judged if facts.gap is None else {**judged, "gap": facts.gap})
+                _refuse_nan("validation loss", validation["loss"], facts.images, config)
+                _warn_of_overfitting(facts, config, accelerator)
             if facts.is_best or _due(config.checkpoint_every, seen, facts, config):
                 kept = run.checkpoints, config.keep_checkpoints
                 on_main(accelerator, checkpoints.save, *kept, task.network, average, optimizer, facts)
 
-    judged = on_main(accelerator, _write_result, task, average, facts, config, run)
+    validated = on_main(accelerator, _write_result, task, average, facts, config, run)
     early = facts.images < config.images
-    return {"images": facts.images, "stopped_early": early, "seed": config.seed, "validation": judged}
+    return {"images": facts.images, "stopped_early": early, "seed": config.seed, "validation": validated}
 
 
 def learning_rate(seen: int, config: TrainConfig) -> float:
-    """Linear rise over `warmup` images, then constant, then a linear fall to `final_lr` over the last 30 %."""
+    """Linear rise over `warmup` images, and the shape that `schedule` sets.
+
+    That is constant with a linear fall to `final_lr` over the last 30 % of the images, half a cosine from the end of
+    the rise to `final_lr` (Loshchilov and Hutter 1608.03983, equation 5), or constant.
+    """
     rise = min(1.0, (seen + config.batch_size) / max(config.warmup, 1))
-    left = (config.images - seen) / (COOLDOWN * config.images)
-    return config.lr * rise * (config.final_lr + (1 - config.final_lr) * min(1.0, left))
+    left = 1.0  # of the way from `final_lr` up to `lr`
+    if config.schedule == "cooldown":
+        left = min(1.0, (config.images - seen) / (COOLDOWN * config.images))
+    elif config.schedule == "cosine":
+        done = max(0, seen - config.warmup) / max(1, config.images - config.warmup)
+        left = (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return config.lr * rise * (config.final_lr + (1 - config.final_lr) * left)
 
 
 def _over(facts: Facts, config: TrainConfig) -> bool:
@@ -192,6 +218,16 @@ def _refuse_nan(what: str, value: float, seen: int, config: TrainConfig) -> None
         raise RunError(
             f"The {what} became {value} after {seen} images, and what was kept before that is left as it is; "
             f"lower lr ({config.lr:g}) or clip_norm ({config.clip_norm:g}){bf16}, and start in a new folder."
+        )
+
+
+def _warn_of_overfitting(facts: Facts, config: TrainConfig, accelerator: Accelerator) -> None:
+    if facts.begins_to_overfit and accelerator.is_main_process:
+        best = "is what becomes the result" if config.result == "best" else "is what result=best would take"
+        log.warning(
+            "At %s validations in a row the validation loss had risen and the training loss fallen: the network begins "
+            "to learn its pictures by heart; checkpoints/best, after %s images, %s.",
+            *(checkpoints.OVERFIT, facts.best_at, best),
         )
 
 

@@ -1,14 +1,16 @@
-"""AdamW, and Muon for the matrices of a network's layers with AdamW for the rest, as one optimiser."""
+"""AdamW as PyTorch has it, schedule-free, or in 8 bits; and Muon for the matrices of layers with AdamW for the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limner.config import TrainConfig
+from limner.errors import ConfigError
 
 BETAS = (0.9, 0.99)
 EPS = 1e-8
@@ -16,6 +18,21 @@ MOMENTUM = 0.95
 RMS = 0.2  # of Muon's update, about AdamW's, so that both take the same learning rate (Liu et al. 2502.16982, eq. 4)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan's quintic, five steps of which suffice
 KEPT_FOR_ADAMW = ("embed", "conv_in", "conv_out")  # ends of a network, which Muon is not made for
+
+COUNTS = ("k", "weight_sum", "lr_max")  # what schedule-free AdamW counts by group and not by parameter
+TABLES = ("qmap1", "qmap2", "absmax1", "absmax2")  # of 8-bit AdamW's state, which are not shaped as their parameter is
+PACKAGES = {"schedule-free": "schedulefree", "adamw-8bit": "bitsandbytes"}
+
+
+def refuse_missing(kind: str, device: torch.device) -> None:
+    """Raise ConfigError where the package or the GPU that an optimiser needs is missing."""
+    if kind == "adamw-8bit" and device.type != "cuda":
+        raise ConfigError(
+            f"optimizer=adamw-8bit needs a CUDA GPU, and trains on {device.type} here; use adamw or muon."
+        )
+    package = PACKAGES.get(kind)
+    if package and find_spec(package) is None:
+        raise ConfigError(f"optimizer={kind} needs a package: pip install {package}; or use optimizer=adamw.")
 
 
 def new(network: nn.Module, config: TrainConfig, rates: Mapping[str, float]) -> torch.optim.Optimizer:
@@ -34,9 +51,35 @@ def new(network: nn.Module, config: TrainConfig, rates: Mapping[str, float]) -> 
         {"params": params, "rate": rate, "muon": muon, "weight_decay": config.weight_decay if matrix else 0.0}
         for (rate, matrix, muon), params in groups.items()
     ]
-    if config.optimizer == "muon":
-        return Muon(settings, lr=config.lr)
-    return torch.optim.AdamW(settings, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
+    given: dict[str, Any] = {"lr": config.lr, "betas": BETAS, "eps": EPS}
+    match config.optimizer:
+        case "muon":
+            return Muon(settings, lr=config.lr)
+        case "schedule-free":
+            from schedulefree import AdamWScheduleFree
+
+            free: torch.optim.Optimizer = AdamWScheduleFree(settings, **given)
+            free.train()  # type: ignore[attr-defined]  # and never back: `reached` has what its other mode is for
+            return free
+        case "adamw-8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            small: torch.optim.Optimizer = AdamW8bit(settings, **given)
+            return small
+    return torch.optim.AdamW(settings, **given, fused=True)
+
+
+def reached(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The weights that a training has come to, which the weight average follows.
+
+    Those of the parameters, but for schedule-free AdamW: its parameters y are where it takes gradients, and its result
+    is the average x of its iterates z, with y = (1 - beta) z + beta x (Defazio et al. 2405.15682, section 2).
+    """
+    known = optimizer.state
+    return [
+        p.detach().lerp(known[p]["z"], 1 - 1 / BETAS[0]) if p in known and "z" in known[p] else p.detach()
+        for p in parameters
+    ]
 
 
 class Muon(torch.optim.Optimizer):

@@ -20,11 +20,10 @@ T = TypeVar("T")
 
 
 def join(folder: Path | None) -> Accelerator:
-    """Join the other processes, if there are any; figures go to TensorBoard in `folder` when trackers are started."""
+    """Join the other processes, if there are any; what trackers write goes to `folder`."""
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes that torchrun started without a GPU stay strangers
         mixed_precision="no",  # its own could not differ between two trainings of a process; see `task.step`
-        log_with="tensorboard" if folder else None,
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )

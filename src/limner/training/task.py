@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from limner.config import TrainConfig
+from limner.errors import ConfigError
 from limner.training.stream import Stream
+
+RECOMPUTING: dict[str, tuple[Any, ...]] = {
+    "enable_gradient_checkpointing": (),  # Diffusers
+    "activation_checkpointing_enable": ({"use_reentrant": False},),  # Transformers, and before it had that
+    "gradient_checkpointing_enable": ({"use_reentrant": False},),
+}
+"""What turns recomputing on, by method's name, with its arguments."""
 
 
 class Task(Protocol):
@@ -45,17 +54,24 @@ def place(network: nn.Module, accelerator: Accelerator) -> None:
     network.train()
 
 
+def recompute(network: nn.Module) -> None:
+    """Let a network of Diffusers or Transformers compute activations again on the way back (Chen et al. 1604.06174).
+
+    Raises ConfigError where it can't.
+    """
+    for module in network.modules():
+        for name, arguments in RECOMPUTING.items():
+            enable: Any = getattr(module, name, None)
+            if enable is not None:
+                enable(*arguments)
+                return
+    raise ConfigError("This network can't compute its activations again; leave out checkpointing.")
+
+
 def loss(
-    task: Task,
-    network: nn.Module,
-    batch: dict[str, Tensor],
-    *,
-    seed: int,
-    config: TrainConfig,
-    accelerator: Accelerator,
+    task: Task, network: nn.Module, batch: dict[str, Tensor], *, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The task's loss and figures in the arithmetic that is set; `seed` is that of dropout."""
-    torch.manual_seed(seed)
+    """The task's loss and figures in the arithmetic that is set."""
     device = accelerator.device
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -75,14 +91,33 @@ def step(
 ) -> dict[str, Tensor]:
     """One step of descent at the learning rate `rate`. -> `loss`, `gradient` (its length) and the task's figures.
 
-    `network` is the task's, as it may have been wrapped. Where `loss` or `gradient` is not finite, the weights have
-    become useless.
+    `network` is the task's, as it may have been wrapped; `seed` is that of dropout. Where `loss` or `gradient` is not
+    finite, the weights have become useless.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate"]
-    value, figures = loss(task, network, batch, seed=seed, config=config, accelerator=accelerator)
-    accelerator.backward(value)
+    torch.manual_seed(seed)
+    figures = _accumulate(task, network, batch, config, accelerator)
     gradient = accelerator.clip_grad_norm_(network.parameters(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {name: value.detach().float() for name, value in {"loss": value, "gradient": gradient, **figures}.items()}
+    return {"gradient": gradient.detach().float(), **figures}
+
+
+def _accumulate(
+    task: Task, network: nn.Module, batch: dict[str, Tensor], config: TrainConfig, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Put the gradient of a batch in place, `micro_batch_size` images at a time. -> the means of loss and figures."""
+    count = len(next(iter(batch.values())))
+    starts = range(0, count, config.micro_batch_size or count)
+    means: dict[str, Tensor] = {}
+    for start in starts:
+        part = {name: value[start : start + starts.step] for name, value in batch.items()}
+        share = min(starts.step, count - start) / count
+        # Processes meet once a step, at the last part
+        with nullcontext() if start == starts[-1] else accelerator.no_sync(network):
+            value, figures = loss(task, network, part, config=config, accelerator=accelerator)
+            accelerator.backward(share * value)
+        for name, figure in {"loss": value, **figures}.items():
+            means[name] = means.get(name, 0) + share * figure.detach().float()
+    return means

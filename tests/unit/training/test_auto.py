@@ -22,7 +22,7 @@ from limner.artifacts import read_json
 from limner.config import TrainConfig
 from limner.errors import ConfigError, RunError
 from limner.settings import resolve
-from limner.training import auto, processes
+from limner.training import processes
 from limner.training.auto import chosen_rate, doubled, find_batch_size, find_rate, range_test, timed
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Stream
@@ -256,13 +256,3 @@ def test_a_search_that_was_killed_is_begun_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_training(Stopped, settings(tmp_path / "r"))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_read_in_bytes() -> None:
-    free, used = auto._bytes("/proc/meminfo", "MemAvailable"), auto._bytes("/proc/self/status", "VmRSS")
-    assert free is not None
-    assert used is not None
-    assert 2**26 < used < 2**36
-    assert 2**26 < free < 2**46
-    assert auto._bytes("/proc/no/such/file", "VmRSS") is None

@@ -6,19 +6,22 @@ import json
 import logging
 import shutil
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from limner.config import TrainConfig
 from limner.errors import RunError
-from limner.training import checkpoints
+from limner.training import checkpoints, optimizers
 from limner.training.average import WeightAverage
 from limner.training.checkpoints import BEST, FACTS, TENSORS, Facts, load_best, load_newest, tidy
+from trainings import config
 
 State = tuple[nn.Module, WeightAverage, torch.optim.Optimizer]
 
@@ -70,6 +73,8 @@ def damage(file: Path, how: str) -> None:
             file.unlink()
         case "empty":
             file.write_bytes(b"")
+        case "one bit":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         case "cut":
             file.write_bytes(content[: len(content) // 2])
         case "another's":
@@ -104,7 +109,7 @@ def test_without_checkpoints_there_is_nothing_to_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "how"),
     [(name, how) for name in (TENSORS, FACTS) for how in ("gone", "empty", "cut")]
-    + [(TENSORS, "another's"), (FACTS, "of another time")],
+    + [(TENSORS, "one bit"), (TENSORS, "another's"), (FACTS, "of another time")],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, how: str
@@ -117,6 +122,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
         assert load_newest(tmp_path, *other) == facts(8)
     assert same(saved, other)
     assert [r.getMessage() for r in caplog.records if "000000016 is damaged" in r.getMessage()]
+
+
+def test_where_the_newest_is_gone_the_one_before_it_is_taken(tmp_path: Path) -> None:
+    saved = save(tmp_path, 8)
+    save(tmp_path, 16)
+    shutil.rmtree(tmp_path / "000000016")
+    other = state(1)
+    assert load_newest(tmp_path, *other) == facts(8)
+    assert same(saved, other)
+
+
+def test_a_checkpoint_of_an_older_version_is_taken(tmp_path: Path) -> None:
+    """It has no hash, and knows less."""
+    saved, other = save(tmp_path, 8), state(1)
+    known = {"images": 8, "validation": {"loss": 0.5}, "best": 0.25, "best_at": 1, "stale": 3}
+    (tmp_path / "000000008" / FACTS).write_text(json.dumps(known))
+    assert load_newest(tmp_path, *other) == facts(8)
+    assert same(saved, other)
 
 
 def test_when_all_are_damaged_the_user_is_told(tmp_path: Path) -> None:
@@ -236,6 +259,61 @@ def test_the_optimiser_goes_on_alike_whatever_the_layout_in_memory(tmp_path: Pat
     assert same(whole, other)
 
 
+def test_schedule_free_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """It counts by group too: without those the average would begin anew."""
+
+    def begin() -> State:
+        torch.manual_seed(0)
+        network = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+        chosen = config(TrainConfig, tmp_path, tmp_path, optimizer="schedule-free", lr=0.1)
+        return network, WeightAverage(network, 0), optimizers.new(network, chosen, {})
+
+    def step(training: State, seed: int) -> None:
+        network, average, optimizer = training
+        torch.manual_seed(seed)
+        network(torch.randn(2, 4, 5, 5)).square().sum().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / seed
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(4, 4, optimizers.reached(optimizer, average.parameters))
+
+    whole, other = begin(), begin()
+    for seed in (1, 2, 3):
+        step(whole, seed)
+    checkpoints.save(tmp_path, 1, *whole, Facts(8))
+    load_newest(tmp_path, *other)
+    assert same(whole, other)
+    for seed in (4, 5):
+        for training in (whole, other):
+            step(training, seed)
+        assert same(whole, other)
+    assert not torch.equal(whole[1].averages[0], next(whole[0].parameters()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("bitsandbytes") is None, reason="needs CUDA")
+def test_eight_bits_go_on_with_the_same_bits(tmp_path: Path) -> None:
+    def begin() -> State:
+        torch.manual_seed(0)
+        network = nn.Conv2d(64, 32, 3).cuda().to(memory_format=torch.channels_last)
+        chosen = config(TrainConfig, tmp_path, tmp_path, optimizer="adamw-8bit", lr=0.1)
+        return network, WeightAverage(network, 0), optimizers.new(network, chosen, {})
+
+    def step(training: State, seed: int) -> None:
+        torch.manual_seed(seed)
+        training[0](torch.randn(2, 64, 5, 5).cuda()).square().sum().backward()
+        training[2].step()
+        training[2].zero_grad()
+
+    whole, other = begin(), begin()
+    step(whole, 1)
+    checkpoints.save(tmp_path, 1, *whole, Facts(8))
+    load_newest(tmp_path, *other)
+    for training in (whole, other):
+        step(training, 2)
+    assert torch.equal(whole[0].weight, other[0].weight)
+
+
 def test_the_state_of_other_parameters_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The same parameters in another order, as another version might hand them to the optimiser."""
     network, average, optimizer = state(0, steps=1)
@@ -254,12 +332,45 @@ def test_facts_follow_the_validations(losses: list[float]) -> None:
     known = Facts()
     assert not known.is_best
     for number, loss in enumerate(losses, start=1):
-        known = replace(known, images=8 * number).judged({"loss": loss, "psnr": 1.0})
+        known = known.trained_on(8, 2.0).judged({"loss": loss, "psnr": 1.0})
         so_far = losses[:number]
         first = so_far.index(min(so_far))  # an equal loss is no new best
         assert known == Facts(
-            8 * number, {"loss": loss, "psnr": 1.0}, so_far[first], 8 * (first + 1), number - 1 - first
+            8 * number, {"loss": loss, "psnr": 1.0}, so_far[first], 8 * (first + 1), number - 1 - first, trained=2.0
         )
         assert known.is_best == (first == number - 1)
         assert not replace(known, images=8 * number + 8).is_best
         assert Facts(**json.loads(json.dumps(asdict(known)))) == known
+
+
+MOVES = st.lists(st.sampled_from([(1, -1), (1, -1), (1, -1), (1, 0), (0, -1), (1, 1), (-1, -1)]), max_size=20)
+
+
+@settings(deadline=None)
+@given(MOVES)
+@example([(1, -1)] * 3 + [(-1, -1)] + [(1, -1)] * 4)
+def test_overfitting_is_noticed_once_when_the_losses_draw_apart(moves: list[tuple[int, int]]) -> None:
+    """Losses of validation and training; each mean is over two steps."""
+    losses = [(100.0 + sum(v for v, _ in moves[:n]), 100.0 + sum(t for _, t in moves[:n])) for n in range(len(moves))]
+    known, noticed = Facts(), []
+    for number, (validation, training) in enumerate(losses):
+        known = known.trained_on(8, training - 1).trained_on(8, training + 1).judged({"loss": validation})
+        known = Facts(**json.loads(json.dumps(asdict(known))))  # as a resume has it
+        assert known.gap == validation - training
+        if known.begins_to_overfit:
+            noticed.append(number)
+    apart = [
+        number
+        for number in range(3, len(losses))
+        if all(
+            losses[k][0] > losses[k - 1][0] and losses[k][1] < losses[k - 1][1] for k in range(number - 2, number + 1)
+        )
+    ]
+    assert noticed == apart[:1]
+
+
+def test_without_a_training_loss_nothing_is_noticed() -> None:
+    assert Facts().gap is None
+    known = Facts(8).judged({"loss": 1.0})
+    assert known.gap is None
+    assert not known.begins_to_overfit

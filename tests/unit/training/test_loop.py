@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as within
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from kills import kill, writes_of
 from limner.artifacts import Run, read_json, sha256_folder
 from limner.config import TrainConfig
-from limner.errors import RunError
+from limner.errors import ConfigError, RunError
 from limner.settings import resolve
 from limner.training import checkpoints
 from limner.training.loop import learning_rate, plan_training, run_training
@@ -200,6 +202,28 @@ def test_killed_at_any_write_it_stops_at_the_same_place_with_the_same_best(tmp_p
 
 
 @linux
+def test_schedule_free_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    given = {"optimizer": "schedule-free", "ema_halflife": None, "checkpoint_every": 8, "lr": 1e-2}
+    whole = run_summing(settings(tmp_path / "whole", **given))
+    killed = settings(tmp_path / "r", **given)
+    for at_write in (20, 24):
+        kill(run_summing, killed, at_write=at_write)
+    assert weights(run_summing(killed)) == weights(whole)
+    assert is_the_average_of(whole, "000000032")
+    saved = load_file(whole / "checkpoints" / "000000032" / "state.safetensors")
+    assert not torch.equal(saved["average.0"], saved["network.0.weight"]), "where gradients are taken is no result"
+
+
+def test_a_network_that_can_not_recompute_is_refused_before_any_work(tmp_path: Path) -> None:
+    for call in (run_training, plan_training):
+        with pytest.raises(ConfigError, match="leave out checkpointing"):
+            call(Summing, settings(tmp_path / "r", checkpointing=True))
+        with pytest.raises(ConfigError, match="needs a CUDA GPU"):
+            call(Summing, settings(tmp_path / "r", optimizer="adamw-8bit"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@linux
 def test_muon_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     given = {"optimizer": "muon", "checkpoint_every": 8, "lr": 1e-2}
     whole = run_summing(settings(tmp_path / "whole", **given))
@@ -341,6 +365,80 @@ def test_a_finished_run_goes_on_when_images_is_raised(tmp_path: Path) -> None:
     assert weights(run) != before
 
 
+# ---- a disk that fills up, a network that overfits
+
+
+class Filling(Summing):
+    """From the second validation on no file may be larger than a checkpoint of it is."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.network.append(nn.Identity())
+        self.network[-1].register_parameter("ballast", nn.Parameter(torch.zeros(100_000)))
+        self.validations = 0
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        self.validations += 1
+        if self.validations == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return super().validate(samples)
+
+
+class Roomy(Filling):
+    """The same where there is room."""
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        return Summing.validate(self, samples)
+
+
+@linux
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    chosen = settings(tmp_path / "r")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="000000032"):
+            run_training(Filling, chosen)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} == {"000000016", "best"}
+    assert not (tmp_path / "r" / "model").exists()
+    again = run_training(Roomy, chosen)
+    assert weights(again) == weights(run_training(Roomy, settings(tmp_path / "whole")))
+    assert [line["images"] for line in events(again) if "loss" in line] == [8, 16, 24, 32, 24, 32]
+
+
+class Overfitting(Summing):
+    """Its loss falls with each step, and that of validation rises with each validation but for the first."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.steps = self.validations = 0
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, figures = super().loss(network, batch)
+        self.steps += 1
+        return loss * 0 + 9 / self.steps, figures
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        self.validations += 1
+        return {"loss": abs(self.validations - 2.5)}
+
+
+@pytest.mark.parametrize(
+    ("result", "said"), [("last", "is what result=best would take"), ("best", "becomes the result")]
+)
+def test_overfitting_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, result: str, said: str) -> None:
+    run = run_training(Overfitting, settings(tmp_path / "r", images=80, validate_every=8, result=result))
+    (record,) = [r for r in caplog.records if "by heart" in r.getMessage()]
+    assert f"checkpoints/best, after 16 images, {said}" in record.getMessage().replace("is what becomes", "becomes")
+    assert read_json(run / "checkpoints" / "best" / "state.json")["images"] == 16
+    lines = events(run)
+    trained = {line["images"]: line["loss"] for line in lines if "loss" in line}
+    gaps = {line["images"]: line["gap"] for line in lines if "gap" in line}
+    validated = {line["images"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    assert gaps == pytest.approx({images: loss - trained[images] for images, loss in validated.items()})
+
+
 # ---- what goes wrong
 
 
@@ -353,7 +451,7 @@ class Breaking(Summing):
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, figures = super().loss(network, batch)
-        self.steps += self.network.training  # validation counts for nothing
+        self.steps += self.network.training and len(batch["x"]) == 8  # validation and measuring count for nothing
         if self.steps == self.good + 1:
             zero = loss - loss.detach()
             loss = loss * torch.nan if self.what == "loss" else loss.detach() + zero.abs().sqrt()  # slope 0 * inf
@@ -427,6 +525,30 @@ def test_a_plan_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> No
 
 
 # ---- the learning rate, and what decays
+
+
+@within(deadline=None, max_examples=40)
+@given(st.integers(1, 64), st.integers(1, 100), st.integers(0, 3_000) | st.just(0), st.floats(0, 1))
+def test_a_cosine_falls_from_the_end_of_the_rise_and_a_constant_rate_does_not(
+    batch_size: int, steps: int, warmup: int, final: float
+) -> None:
+    """Beside PyTorch's own, which counts steps."""
+    images = batch_size * steps
+    given = {"images": images, "batch_size": batch_size, "warmup": warmup, "final_lr": final, "lr": 2.0}
+    constant, cosine = (settings(Path("r"), **given, schedule=schedule) for schedule in ("constant", "cosine"))
+    for seen in range(0, images, batch_size):
+        rise = min(1.0, (seen + batch_size) / max(warmup, 1))
+        assert learning_rate(seen, constant) == pytest.approx(2 * rise)
+        if seen < warmup:
+            assert learning_rate(seen, cosine) == pytest.approx(2 * rise)
+    if warmup == 0:
+        parameter = torch.nn.Parameter(torch.zeros(()))
+        optimizer = torch.optim.SGD([parameter], lr=2.0)
+        theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=2 * final)
+        for seen in range(0, images, batch_size):
+            assert learning_rate(seen, cosine) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-9)
+            optimizer.step()
+            theirs.step()
 
 
 @given(st.integers(1, 64), st.integers(1, 400), st.integers(0, 3_000), st.floats(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from limner.config import TrainConfig
+from limner.config import TrainConfig, TrainUnetConfig
+from limner.errors import ConfigError
+from limner.settings import resolve
 from limner.training import optimizers
-from limner.training.optimizers import BETAS, EPS, orthogonal
+from limner.training.optimizers import BETAS, EPS, orthogonal, reached
 from tiny import tiny_clip, tiny_unet, tiny_vae
 from trainings import config
 
@@ -132,6 +136,92 @@ def test_parameters_without_a_gradient_stay() -> None:
     assert [torch.equal(p, then) for p, then in zip(network.parameters(), before)] == [False, True, True]
 
 
+# ---- schedule-free AdamW
+
+
+def test_schedule_free_is_its_authors_and_the_result_is_what_they_evaluate() -> None:
+    """To the bit, and without moving the weights there and back, which would cost some."""
+    ours, theirs = Holder(a=(6, 4), bias=(6,)), Holder(a=(6, 4), bias=(6,))
+    optimizer = optimizers.new(ours, settings(optimizer="schedule-free"), {})
+    decayed = [{"params": [theirs.a], "weight_decay": DECAY}, {"params": [theirs.bias], "weight_decay": 0.0}]
+    reference = AdamWScheduleFree(decayed, lr=LR, betas=BETAS, eps=EPS)
+    assert all(map(torch.equal, reached(optimizer, ours.parameters()), ours.parameters())), "nothing yet to average"
+    for _ in range(3):
+        reference.train()
+        descend(ours, optimizer, 4)
+        descend(theirs, reference, 4)
+        before = [p.detach().clone() for p in ours.parameters()]
+        found = reached(optimizer, ours.parameters())
+        assert all(map(torch.equal, before, ours.parameters()))
+        reference.eval()
+        for one, other, y in zip(found, theirs.parameters(), before):
+            assert_close(one, other, rtol=1e-6, atol=1e-6)
+            assert not torch.equal(one, y)
+
+
+def test_the_result_of_schedule_free_is_the_mean_of_its_iterates() -> None:
+    """At a constant rate all count alike (Defazio et al. 2405.15682, section 2)."""
+    network = Holder(a=(5, 3))
+    optimizer = optimizers.new(network, settings(optimizer="schedule-free"), {})
+    iterates = []
+    for step in range(6):
+        network.a.grad = drawn(5, 3, seed=step)
+        optimizer.step()
+        iterates.append(optimizer.state[network.a]["z"].clone())
+        assert_close(reached(optimizer, [network.a])[0], torch.stack(iterates).mean(dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_other_optimisers_reach_their_parameters(kind: str) -> None:
+    network = Holder(a=(6, 4), bias=(6,))
+    optimizer = optimizers.new(network, settings(optimizer=kind), {})
+    descend(network, optimizer, 3)
+    assert all(map(torch.equal, reached(optimizer, network.parameters()), network.parameters()))
+
+
+def test_schedule_free_turns_off_what_it_takes_the_place_of_and_refuses_it() -> None:
+    chosen = config(TrainUnetConfig, Path("nowhere"), Path("r"), optimizer="schedule-free")
+    assert (chosen.schedule, chosen.ema_halflife) == ("constant", 0)
+    assert resolve(TrainUnetConfig, chosen.model_dump()) == chosen
+    for more in ({"schedule": "cosine"}, {"schedule": "cooldown"}, {"ema_halflife": 5}):
+        with pytest.raises(ConfigError, match="takes the place of schedule and ema_halflife; leave both out"):
+            config(TrainUnetConfig, Path("nowhere"), Path("r"), optimizer="schedule-free", **more)
+    assert config(TrainUnetConfig, Path("nowhere"), Path("r")).schedule == "cooldown"
+
+
+# ---- what is not there
+
+
+def test_eight_bits_need_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer=adamw-8bit needs a CUDA GPU, and trains on cpu here; use .*\.$"):
+        optimizers.refuse_missing("adamw-8bit", torch.device("cpu"))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer=adamw-8bit needs a package: pip install bitsandbytes; or .*\.$"):
+        optimizers.refuse_missing("adamw-8bit", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "schedule-free"])
+def test_what_is_there_is_not_refused(kind: str) -> None:
+    optimizers.refuse_missing(kind, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("bitsandbytes") is None, reason="needs CUDA")
+def test_eight_bits_move_about_as_adamw_does() -> None:
+    ours, theirs = Holder(a=(64, 128), bias=(6,)).cuda(), Holder(a=(64, 128), bias=(6,)).cuda()
+    chosen = [optimizers.new(each, settings(optimizer=k), {}) for each, k in ((ours, "adamw-8bit"), (theirs, "adamw"))]
+    before = theirs.a.detach().clone()
+    for step in range(10):
+        for number, (one, other) in enumerate(zip(ours.parameters(), theirs.parameters())):
+            one.grad = other.grad = drawn(*one.shape, seed=10 * step + number).cuda()
+        for optimizer in chosen:
+            optimizer.step()
+    assert chosen[0].state[ours.a]["state1"].dtype == torch.uint8
+    assert (ours.a - theirs.a).norm() < 0.1 * (theirs.a - before).norm()
+
+
 # ---- which parameters go where
 
 
@@ -143,7 +233,7 @@ def group_of(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, 
     return dict(found)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "schedule-free"])
 @pytest.mark.parametrize("network", [tiny_unet(), tiny_vae(), tiny_clip()], ids=["unet", "vae", "clip"])
 def test_only_matrices_and_kernels_decay(network: nn.Module, kind: str) -> None:
     groups = group_of(optimizers.new(network, settings(optimizer=kind), {}), network)
@@ -205,14 +295,14 @@ def test_adamw_is_torchs_own() -> None:
 def test_frozen_parameters_are_in_no_group() -> None:
     network = Holder(a=(3, 4), b=(3, 4), bias=(3,))
     network.b.requires_grad_(False)
-    for kind in ("adamw", "muon"):
+    for kind in ("adamw", "muon", "schedule-free"):
         assert set(group_of(optimizers.new(network, settings(optimizer=kind), {}), network)) == {"a", "bias"}
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "bias", "embedding"]), st.sampled_from([0.0, 0.25, 0.5])))
 def test_each_parameter_has_its_share_of_the_rate(rates: dict[str, float]) -> None:
     network = Holder(a=(3, 4), b=(3, 4), bias=(3,), embedding=(5, 2))
-    for kind in ("adamw", "muon"):
+    for kind in ("adamw", "muon", "schedule-free"):
         groups = group_of(optimizers.new(network, settings(optimizer=kind), rates), network)
         assert {name: group["rate"] for name, group in groups.items()} == {
             name: rates.get(name, 1.0) for name in groups

@@ -1,0 +1,75 @@
+"""Figures reach every tracker that is set; one whose package is missing is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from accelerate.tracking import get_available_trackers
+
+from limner import config as configs
+from limner.config import TrainConfig
+from limner.errors import ConfigError
+from limner.training.loop import plan_training, run_training
+from trainings import Summing, config, run_summing
+
+MISSING = [name for name in get_args(configs.Tracker) if name not in map(str, get_available_trackers())]
+
+
+def settings(out: Path, **given: Any) -> TrainConfig:
+    """The configuration of a training."""
+    return config(TrainConfig, Path("nowhere"), out, **given)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """Those of events.jsonl."""
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def test_tensorboard_has_what_events_have(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = run_summing(settings(tmp_path / "r"))
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    for name in ("loss", "validation/loss", "gap"):
+        wanted = {line["images"]: line[name] for line in lines(run) if name in line}
+        assert {event.step: event.value for event in found.Scalars(name)} == pytest.approx(wanted, rel=1e-6)
+
+
+def test_without_trackers_events_are_left(tmp_path: Path) -> None:
+    run = run_summing(settings(tmp_path / "r", trackers=()))
+    assert not (run / "tensorboard").exists()
+    assert [line["images"] for line in lines(run) if "loss" in line] == [8, 16, 24, 32]
+
+
+@pytest.mark.skipif(not MISSING, reason="every tracker is installed")
+def test_a_tracker_without_its_package_is_refused_before_any_work(tmp_path: Path) -> None:
+    def make(config: TrainConfig) -> Summing:
+        raise AssertionError("work was begun")
+
+    chosen = settings(tmp_path / "r", trackers=("tensorboard", MISSING[0]))
+    for call in (run_training, plan_training):
+        with pytest.raises(ConfigError, match=rf"^trackers has {MISSING[0]}, .* pip install {MISSING[0]}; or .*\.$"):
+            call(make, chosen)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_tracker_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"trackers.*'wandb'.*'paper'"):
+        settings(Path("r"), trackers=("paper",))
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb")
+def test_wandb_gets_figures_and_settings_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = run_summing(settings(tmp_path / "r", trackers=("wandb",)))
+    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert {
+        name for name in ("limner", "batch_size", "validation/loss", "gap") if name.encode() not in content
+    } == set()

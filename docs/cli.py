@@ -20,7 +20,7 @@ in [pipeline.md](pipeline.md).
 
 Settings come from five places, of which a later one wins: the defaults, `--preset`, `--config`, `--set key=value` and
 the flags. `--set` and `--config` reach every setting of a command, also those without a flag; they are listed, with
-their explanations, in [config.py](../src/limner/config.py). Running the same command again resumes it.
+their explanations, in [config/](../src/limner/config). Running the same command again resumes it.
 
 Exit codes: 0 done; 2 a mistake in the command or its input, with one sentence on what to do; 130 interrupted; 1 a
 fault of Limner's own, with a traceback.

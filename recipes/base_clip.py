@@ -199,6 +199,7 @@ class TrainBaseClip:
         self.means, self.scales = self._spread()
         self.network = Student(self.clip, self.maps.shape[-1], [len(mean) for mean in self.means], config.kept)
         self.parents = {"teachers": sha256(config.data / "counts.json")}
+        self.facts: dict[str, Any] = {}
         self.rates: dict[str, float] = {}
         self.val = [record for record in read_split(config.dataset, "val") if record.captions]
         self.stream = Stream(self.count, config.seed, self._example)

@@ -120,6 +120,7 @@ class Toy(TrainUnet):
         self.betas = self.scheduler.betas
         self.network = Pixelwise()
         self.parents = {"data": "0" * 64}
+        self.facts: dict[str, Any] = {}
         self.rates: dict[str, float] = {}
         self.stream = Stream(self.pictures, config.seed, self._example)
         places = self.pictures * self.shape[1] * self.shape[2]

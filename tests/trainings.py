@@ -17,6 +17,7 @@ from limner.config import (
     StageConfig,
     TrainClipConfig,
     TrainConfig,
+    TrainDistillConfig,
     TrainLoraConfig,
     TrainUnetConfig,
     TrainVaeConfig,
@@ -48,6 +49,7 @@ SMALLEST: dict[type[StageConfig], dict[str, Any]] = {
     TrainClipConfig: TRAINING | CLIP,
     TrainVaeConfig: TRAINING | VAE,
     TrainUnetConfig: TRAINING | UNET,
+    TrainDistillConfig: TRAINING,
     TrainLoraConfig: TRAINING | {"rank": 4},
     EncodeConfig: {"size": SIDE, "threads": 1},
 }
@@ -88,6 +90,7 @@ class Summing:
         )
         self.stream = Stream(20, config.seed, self._example)
         self.parents = {"data": "0" * 64}
+        self.facts: dict[str, Any] = {}
         self.rates: dict[str, float] = {}
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:

@@ -1,6 +1,6 @@
 """The command line: parse, resolve the configuration, call the stage.
 
-Each command takes its arguments, flags and help texts from the stage's configuration in `config.py`. Nothing
+Each command takes its arguments, flags and help texts from the stage's configuration in `config/`. Nothing
 heavy is imported before a stage runs; `limner --help` does not load torch.
 """
 
@@ -140,6 +140,7 @@ for _group, _name, _config, _stage in (
     (app, "encode", configs.EncodeConfig, "encode"),
     (train, "unet", configs.TrainUnetConfig, "train_unet"),
     (train, "lora", configs.TrainLoraConfig, "train_unet"),
+    (train, "distill", configs.TrainDistillConfig, "train_distill"),
     (app, "assemble", configs.AssembleConfig, "assemble"),
 ):
     _group.command(_name)(_command(_config, _stage))

@@ -1,6 +1,6 @@
 """Presets, and how a configuration is put together.
 
-In rising order: the defaults of `config.py`, a preset, a TOML or JSON file (`--config`; the `config.json` of a run is
+In rising order: the defaults of `config/`, a preset, a TOML or JSON file (`--config`; the `config.json` of a run is
 one), `--set key=value`, and the flags.
 """
 
@@ -116,7 +116,7 @@ def _sentence(cls: type[StageConfig], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"There is no setting {name!r}; --help and config.py list them."
+        return f"There is no setting {name!r}; --help and config/ list them."
     if first["type"] == "missing":
         by_position = any(isinstance(mark, Argument) for mark in cls.model_fields[name].metadata)
         return f"{'' if by_position else '--'}{name} is missing; see --help."

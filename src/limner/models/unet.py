@@ -41,7 +41,8 @@ def with_guidance(unet: Any) -> Any:
     """A copy of a U-Net that takes the guidance scale as an input, and answers as it did until it has learned to."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    student = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+    width = unet.config.get("time_cond_proj_dim") or GUIDANCE_WIDTH
+    student = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": width})
     weights = unet.state_dict()
     reads = student.time_embedding.cond_proj.weight
     weights.setdefault("time_embedding.cond_proj.weight", torch.zeros_like(reads))

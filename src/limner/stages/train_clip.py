@@ -76,6 +76,7 @@ class TrainClip:
         )
         self.network: nn.Module = self.towers
         self.tuning = Tuning(self.clip, config)
+        self.facts: dict[str, Any] = {}
         self.rates = {f"network.{name}": rate for name, rate in self.tuning.rates.items()}
         self.stream = Stream(len(self.train), config.seed, self._example, multiple=config.batch_size)
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limner.artifacts import read_json, write_json
 from limner.config import TrainLoraConfig, TrainUnetConfig
 from limner.diffusion import objectives, schedulers
 from limner.models import gate, layers, loading, lora, unet
@@ -30,12 +29,7 @@ def run(config: TrainUnetConfig) -> Path:
 
     Raises DataError, ModelError, ConfigError or RunError in one sentence.
     """
-    folder = run_training(TrainUnet, config)
-    # What text encoder the U-Net was trained on, which `assemble` asks
-    text, manifest = read_json(config.data / "manifest.json").get("text"), read_json(folder / "manifest.json")
-    if "finished" in manifest and manifest.get("text") != text:
-        write_json(folder / "manifest.json", {**manifest, "text": text})
-    return folder
+    return run_training(TrainUnet, config)
 
 
 def plan(config: TrainUnetConfig) -> dict[str, Any]:
@@ -70,6 +64,7 @@ class TrainUnet:
             self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)
         self.objective = schedulers.objective_of(self.scheduler)
         self.betas = getattr(self.scheduler, "betas", None)
+        self.facts = {"text": self.encoded.text}  # which text encoder it reads, which `assemble` asks
         self.rates: dict[str, float] = {}
         self.stream = self.encoded.stream(config, self._example)
 

@@ -101,6 +101,7 @@ class TrainVae:
             raise ConfigError(f"--size {config.size} is not divisible by the VAE's factor {self.factor}{shrunk}.")
         self.network: nn.Module = Autoencoder(self.vae, Critic() if config.adversarial_weight else None)
         self.perceptual = PerceptualDistance() if config.perceptual_weight else None
+        self.facts: dict[str, Any] = {}
         self.rates: dict[str, float] = {}
         self.stream = Stream(len(self.train), config.seed, self._example)
 

@@ -46,7 +46,7 @@ def run_training(make: Callable[[C], Task], config: C) -> Path:
     said = on_main(accelerator, _nothing_to_do, run, config)
     if said is None:
         facts = _train(task, config, run, accelerator)
-        on_main(accelerator, run.finish, started=started, **facts)
+        on_main(accelerator, run.finish, started=started, **facts, **task.facts)
         said = str(run.model)
     if accelerator.is_main_process:
         print(said)

@@ -31,6 +31,8 @@ class Task(Protocol):
     """Its examples."""
     parents: dict[str, str]
     """What the result is made from: the sha256 of data and models by role, for the manifest."""
+    facts: dict[str, Any]
+    """What the manifest of its finished run says beside."""
     rates: dict[str, float]
     """Shares of the learning rate by parameter's name, where they are not 1."""
 

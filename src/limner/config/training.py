@@ -1,89 +1,17 @@
-"""Every setting of every stage: one frozen model a stage, whose field docstrings are the `--help`.
-
-A new knob goes here, not into a flag. `settings.py` puts a configuration together.
-"""
+"""Settings of the trainings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-
-@dataclass(frozen=True)
-class Argument:
-    """Marks a field that the command takes by position."""
-
-
-@dataclass(frozen=True)
-class Flag:
-    """Marks a field that the command takes as `--name`, or under these other names too."""
-
-    names: tuple[str, ...] = ()
-
-
-FLAG = Flag()
+from limner.config.base import FLAG, StageConfig
 
 Tracker = Literal[
     "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"
 ]  # of Accelerate, by their packages' names
-
-
-class StageConfig(BaseModel):
-    """What all stages share."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,  # --set size=256
-    )
-
-    changeable: ClassVar[frozenset[str]] = frozenset()
-    """Settings that may differ when a run is resumed, since they do not change its result."""
-
-    out: Annotated[Path, FLAG]
-    """Folder to write; running the same command again resumes there."""
-
-
-class PrepareConfig(StageConfig):
-    """From a source archive or folder to a dataset folder."""
-
-    kind: Annotated[Literal["flickr8k", "imagefolder", "webdataset"], Argument()]
-    """What the source is: flickr8k (any of its three layouts), imagefolder, or webdataset."""
-    source: Annotated[Path, FLAG]
-    """The archive, or the folder that holds the archives or the extracted files."""
-    size: Annotated[PositiveInt | None, FLAG] = None
-    """Shrink pictures whose shorter side is above this many pixels; without it they keep their size."""
-    drop_duplicates: Annotated[bool, FLAG] = False
-    """Leave out pictures whose file or pixels equal an earlier one's; otherwise they are only reported."""
-    uncaptioned: Annotated[bool, FLAG] = False
-    """Keep pictures that have no caption (for `train vae`); otherwise they are quarantined."""
-    keep_alpha: Annotated[bool, FLAG] = False
-    """Keep what is see-through as a mask, in PNG: `train unet` then learns from what is opaque. Otherwise see-through
-    parts become white."""
-    val_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
-    """Share of the pictures for val where the source has no split lists."""
-    test_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
-    """Share of the pictures for test where the source has no split lists."""
-    seed: int = 0
-    """Seed of the split where the source has no split lists."""
-    min_side: PositiveInt = 16
-    """Pictures with a side below this many pixels are quarantined."""
-    max_pixels: PositiveInt = 100_000_000
-    """Pictures whose header announces more pixels than this are quarantined undecoded."""
-    workers: Annotated[PositiveInt | None, FLAG] = None
-    """Processes that decode; the number of cores when left out."""
-
-    @model_validator(mode="after")
-    def _shares(self) -> Self:
-        if self.val_share + self.test_share >= 1:
-            raise ValueError("val_share and test_share leave nothing to train on; lower one")
-        return self
 
 
 class TrainConfig(StageConfig):
@@ -304,45 +232,6 @@ class TrainClipConfig(TrainConfig):
         return self
 
 
-class EncodeConfig(StageConfig):
-    """Store what the U-Net trains on: VAE moments of every picture, token states of every caption."""
-
-    changeable: ClassVar[frozenset[str]] = frozenset({"batch_size", "threads", "data", "vae", "clip"})
-
-    data: Annotated[Path, FLAG]
-    """The dataset folder."""
-    vae: Annotated[str, FLAG]
-    """The VAE: a `train vae` run, a model folder, a hub id or `builtin`."""
-    clip: Annotated[str, FLAG]
-    """The text encoder: a `train clip` run, a model folder, a hub id or `builtin`."""
-    size: Annotated[PositiveInt, FLAG] = 128
-    """Side of the pictures in pixels."""
-    flips: Annotated[bool, FLAG] = True
-    """Store each picture mirrored too."""
-    views: PositiveInt = 1
-    """Parts stored of each train picture: the centre, then random crops; of a val picture it is the centre alone."""
-    min_scale: float = Field(default=0.5, gt=0, le=1)
-    """Smallest share of the picture that a random crop takes."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the random crops."""
-    buckets: bool = False
-    """Store each picture in the shape nearest to its own, of about as many pixels as the square, instead of as a
-    square."""
-    bucket_step: PositiveInt = 32
-    """Sides of `buckets` are multiples of this, in pixels: best the VAE's factor times what the U-Net halves (64 for
-    Stable Diffusion)."""
-    batch_size: PositiveInt = 32
-    """Views of pictures, or captions, a step."""
-    threads: PositiveInt | None = None
-    """Threads of the arithmetic on CPU; torch's choice when left out."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.buckets and self.size % self.bucket_step:
-            raise ValueError(f"size {self.size} is not divisible by bucket_step {self.bucket_step}; choose a multiple")
-        return self
-
-
 class TrainUnetConfig(TrainConfig):
     """Train the U-Net that turns noise into latents under the token states of a caption."""
 
@@ -437,55 +326,26 @@ class TrainLoraConfig(TrainUnetConfig):
         return self
 
 
-class AssembleConfig(StageConfig):
-    """Join a text encoder, a VAE and a U-Net to a model that any Diffusers program loads."""
+class TrainDistillConfig(TrainConfig):
+    """Train a student of a U-Net that draws in few steps, each of one pass, with guidance folded in."""
 
-    out: Annotated[Path, FLAG]
-    """The model folder to write."""
-    clip: Annotated[str, FLAG]
-    """The CLIP: a `train clip` run, a model folder, a hub id or `builtin`."""
-    vae: Annotated[str, FLAG]
-    """The VAE: a `train vae` run, a model folder, a hub id or `builtin`."""
-    unet: Annotated[str, FLAG]
-    """The U-Net with its scheduler: a `train unet` run, a model folder, a hub id or `builtin`."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], FLAG] = "fp32"
-    """How weights are stored; the built-in model uses bf16."""
-    steps: PositiveInt = 25
-    """Steps that `generate` takes with this model when none are asked for."""
-    guidance: float = Field(default=7.5, ge=1)
-    """Guidance that `generate` uses with this model when none is asked for."""
-    card: Path | None = None
-    """Markdown for MODEL_CARD.md, of what only you know: purpose, data, licence, limits; the facts are added."""
-    grid: bool = True
-    """Draw the same captions with the CLIP before and after tuning, where it was tuned; kept as grid.png."""
+    model: Annotated[str, FLAG]
+    """The teacher: a `train unet` run, a model folder, a hub id or `builtin`. The student begins as its copy."""
+    batch_size: Annotated[PositiveInt, FLAG] = 32
+    """Images a step, over all processes."""
+    ema_halflife: float = Field(default=10_000, ge=0)
+    """Half-life, in images, of the weight average that is saved as the result; 0 saves the last weights."""
+    steps: Annotated[int, FLAG, Field(ge=1, le=8)] = 4
+    """Steps that the student draws in."""
+    substeps: PositiveInt = 8
+    """Steps of the teacher for each of the student's."""
+    guidance: tuple[float, float] = (1.0, 8.0)
+    """Least and greatest guidance scale that the student learns; users choose in between."""
+    sample_prompts: tuple[str, ...] = ()
+    """Captions drawn at each validation, beside those of the first val pictures."""
 
-
-class GenerateConfig(StageConfig):
-    """Draw pictures for prompts."""
-
-    prompts: Annotated[tuple[str, ...], Argument()] = ()
-    """What to draw; several prompts draw several pictures. Read from standard input when it is piped."""
-    prompts_file: Annotated[Path | None, Flag(("--prompts",))] = None
-    """File with one prompt a line."""
-    n: Annotated[PositiveInt, Flag(("-n",))] = 1
-    """Pictures a prompt; picture i has the seed `seed + i`."""
-    seed: Annotated[int, FLAG, Field(ge=0, lt=2**63)] = 0
-    """Seed of the first picture; the same seed draws the same picture, whatever the batch."""
-    steps: Annotated[int | None, FLAG, Field(gt=0, le=1000)] = None
-    """Denoising steps; the model's own default when left out."""
-    guidance: Annotated[float | None, FLAG, Field(ge=1, le=100)] = None
-    """How strongly the prompt is followed; 1 is off; the model's own default when left out."""
-    negative: Annotated[str, FLAG] = ""
-    """What the pictures should not show."""
-    size: Annotated[str | None, FLAG] = None
-    """Pixels as SIDE or WIDTHxHEIGHT; the model's own when left out."""
-    model: Annotated[str, FLAG] = "builtin"
-    """`builtin`, a Diffusers folder or a hub id."""
-    loras: Annotated[tuple[str, ...], Flag(("--lora",))] = ()
-    """LoRA to draw with, a safetensors file or a `train lora` run, as FILE or FILE:WEIGHT; may be repeated."""
-    out: Annotated[Path, FLAG] = Path("pictures")
-    """Folder for the pictures."""
-    device: Annotated[str | None, FLAG] = None
-    """`cpu` or `cuda`; the GPU when there is one."""
-    batch_size: PositiveInt = 8
-    """Pictures drawn at once; changes speed and memory, not the pictures."""
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 1 <= self.guidance[0] <= self.guidance[1]:
+            raise ValueError("guidance goes from least, 1 or above, to greatest; give two numbers in that order")
+        return self

@@ -1,0 +1,43 @@
+"""What the settings of all stages share, and how a field says that it is an argument or a flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Marks a field that the command takes by position."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Marks a field that the command takes as `--name`, or under these other names too."""
+
+    names: tuple[str, ...] = ()
+
+
+FLAG = Flag()
+
+
+class StageConfig(BaseModel):
+    """What all stages share."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # --set size=256
+    )
+
+    changeable: ClassVar[frozenset[str]] = frozenset()
+    """Settings that may differ when a run is resumed, since they do not change its result."""
+
+    out: Annotated[Path, FLAG]
+    """Folder to write; running the same command again resumes there."""

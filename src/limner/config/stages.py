@@ -1,0 +1,139 @@
+"""Settings of the stages that train nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from limner.config.base import FLAG, Argument, Flag, StageConfig
+
+
+class PrepareConfig(StageConfig):
+    """From a source archive or folder to a dataset folder."""
+
+    kind: Annotated[Literal["flickr8k", "imagefolder", "webdataset"], Argument()]
+    """What the source is: flickr8k (any of its three layouts), imagefolder, or webdataset."""
+    source: Annotated[Path, FLAG]
+    """The archive, or the folder that holds the archives or the extracted files."""
+    size: Annotated[PositiveInt | None, FLAG] = None
+    """Shrink pictures whose shorter side is above this many pixels; without it they keep their size."""
+    drop_duplicates: Annotated[bool, FLAG] = False
+    """Leave out pictures whose file or pixels equal an earlier one's; otherwise they are only reported."""
+    uncaptioned: Annotated[bool, FLAG] = False
+    """Keep pictures that have no caption (for `train vae`); otherwise they are quarantined."""
+    keep_alpha: Annotated[bool, FLAG] = False
+    """Keep what is see-through as a mask, in PNG: `train unet` then learns from what is opaque. Otherwise see-through
+    parts become white."""
+    val_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
+    """Share of the pictures for val where the source has no split lists."""
+    test_share: Annotated[float, FLAG, Field(ge=0, lt=1)] = 0.1
+    """Share of the pictures for test where the source has no split lists."""
+    seed: int = 0
+    """Seed of the split where the source has no split lists."""
+    min_side: PositiveInt = 16
+    """Pictures with a side below this many pixels are quarantined."""
+    max_pixels: PositiveInt = 100_000_000
+    """Pictures whose header announces more pixels than this are quarantined undecoded."""
+    workers: Annotated[PositiveInt | None, FLAG] = None
+    """Processes that decode; the number of cores when left out."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.val_share + self.test_share >= 1:
+            raise ValueError("val_share and test_share leave nothing to train on; lower one")
+        return self
+
+
+class EncodeConfig(StageConfig):
+    """Store what the U-Net trains on: VAE moments of every picture, token states of every caption."""
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"batch_size", "threads", "data", "vae", "clip"})
+
+    data: Annotated[Path, FLAG]
+    """The dataset folder."""
+    vae: Annotated[str, FLAG]
+    """The VAE: a `train vae` run, a model folder, a hub id or `builtin`."""
+    clip: Annotated[str, FLAG]
+    """The text encoder: a `train clip` run, a model folder, a hub id or `builtin`."""
+    size: Annotated[PositiveInt, FLAG] = 128
+    """Side of the pictures in pixels."""
+    flips: Annotated[bool, FLAG] = True
+    """Store each picture mirrored too."""
+    views: PositiveInt = 1
+    """Parts stored of each train picture: the centre, then random crops; of a val picture it is the centre alone."""
+    min_scale: float = Field(default=0.5, gt=0, le=1)
+    """Smallest share of the picture that a random crop takes."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the random crops."""
+    buckets: bool = False
+    """Store each picture in the shape nearest to its own, of about as many pixels as the square, instead of as a
+    square."""
+    bucket_step: PositiveInt = 32
+    """Sides of `buckets` are multiples of this, in pixels: best the VAE's factor times what the U-Net halves (64 for
+    Stable Diffusion)."""
+    batch_size: PositiveInt = 32
+    """Views of pictures, or captions, a step."""
+    threads: PositiveInt | None = None
+    """Threads of the arithmetic on CPU; torch's choice when left out."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.buckets and self.size % self.bucket_step:
+            raise ValueError(f"size {self.size} is not divisible by bucket_step {self.bucket_step}; choose a multiple")
+        return self
+
+
+class AssembleConfig(StageConfig):
+    """Join a text encoder, a VAE and a U-Net to a model that any Diffusers program loads."""
+
+    out: Annotated[Path, FLAG]
+    """The model folder to write."""
+    clip: Annotated[str, FLAG]
+    """The CLIP: a `train clip` run, a model folder, a hub id or `builtin`."""
+    vae: Annotated[str, FLAG]
+    """The VAE: a `train vae` run, a model folder, a hub id or `builtin`."""
+    unet: Annotated[str, FLAG]
+    """The U-Net with its scheduler: a `train unet` run, a model folder, a hub id or `builtin`."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], FLAG] = "fp32"
+    """How weights are stored; the built-in model uses bf16."""
+    steps: PositiveInt = 25
+    """Steps that `generate` takes with this model when none are asked for."""
+    guidance: float = Field(default=7.5, ge=1)
+    """Guidance that `generate` uses with this model when none is asked for."""
+    card: Path | None = None
+    """Markdown for MODEL_CARD.md, of what only you know: purpose, data, licence, limits; the facts are added."""
+    grid: bool = True
+    """Draw the same captions with the CLIP before and after tuning, where it was tuned; kept as grid.png."""
+
+
+class GenerateConfig(StageConfig):
+    """Draw pictures for prompts."""
+
+    prompts: Annotated[tuple[str, ...], Argument()] = ()
+    """What to draw; several prompts draw several pictures. Read from standard input when it is piped."""
+    prompts_file: Annotated[Path | None, Flag(("--prompts",))] = None
+    """File with one prompt a line."""
+    n: Annotated[PositiveInt, Flag(("-n",))] = 1
+    """Pictures a prompt; picture i has the seed `seed + i`."""
+    seed: Annotated[int, FLAG, Field(ge=0, lt=2**63)] = 0
+    """Seed of the first picture; the same seed draws the same picture, whatever the batch."""
+    steps: Annotated[int | None, FLAG, Field(gt=0, le=1000)] = None
+    """Denoising steps; the model's own default when left out."""
+    guidance: Annotated[float | None, FLAG, Field(ge=1, le=100)] = None
+    """How strongly the prompt is followed; 1 is off; the model's own default when left out."""
+    negative: Annotated[str, FLAG] = ""
+    """What the pictures should not show."""
+    size: Annotated[str | None, FLAG] = None
+    """Pixels as SIDE or WIDTHxHEIGHT; the model's own when left out."""
+    model: Annotated[str, FLAG] = "builtin"
+    """`builtin`, a Diffusers folder or a hub id."""
+    loras: Annotated[tuple[str, ...], Flag(("--lora",))] = ()
+    """LoRA to draw with, a safetensors file or a `train lora` run, as FILE or FILE:WEIGHT; may be repeated."""
+    out: Annotated[Path, FLAG] = Path("pictures")
+    """Folder for the pictures."""
+    device: Annotated[str | None, FLAG] = None
+    """`cpu` or `cuda`; the GPU when there is one."""
+    batch_size: PositiveInt = 8
+    """Pictures drawn at once; changes speed and memory, not the pictures."""

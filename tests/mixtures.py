@@ -118,7 +118,7 @@ class Toy(TrainUnet):
             self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)
         self.objective = schedulers.objective_of(self.scheduler)
         self.betas = self.scheduler.betas
-        self.network = Pixelwise()
+        self.network = self.unet = Pixelwise()
         self.parents = {"data": "0" * 64}
         self.facts: dict[str, Any] = {}
         self.rates: dict[str, float] = {}
@@ -145,7 +145,7 @@ class Toy(TrainUnet):
 
     def validate(self, samples: Path) -> dict[str, float]:
         """The error on a few examples."""
-        return {"loss": self._answer(self.network, self.first(64)).mean().item()}
+        return {"loss": self._answer(self.network, self.first(64))[0].mean().item()}
 
     def save(self, folder: Path) -> None:
         """Write the weights."""

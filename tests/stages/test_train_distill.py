@@ -20,6 +20,7 @@ from limner.stages.train_distill import TrainDistill
 from tiny import tiny_scheduler, tiny_unet
 from trainings import config
 
+
 @pytest.fixture(scope="module")
 def teacher(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `train unet` that has learned something."""

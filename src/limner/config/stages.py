@@ -49,7 +49,7 @@ class PrepareConfig(StageConfig):
 class EncodeConfig(StageConfig):
     """Store what the U-Net trains on: VAE moments of every picture, token states of every caption."""
 
-    changeable: ClassVar[frozenset[str]] = frozenset({"batch_size", "threads", "data", "vae", "clip"})
+    changeable: ClassVar[frozenset[str]] = frozenset({"batch_size", "threads", "data", "vae", "clip", "features"})
 
     data: Annotated[Path, FLAG]
     """The dataset folder."""
@@ -67,6 +67,8 @@ class EncodeConfig(StageConfig):
     """Smallest share of the picture that a random crop takes."""
     seed: int = Field(default=0, ge=0)
     """Seed of the random crops."""
+    features: str | None = None
+    """A CLIP whose image tower looks at each view of the train pictures too, for `align_weight` of `train unet`."""
     buckets: bool = False
     """Store each picture in the shape nearest to its own, of about as many pixels as the square, instead of as a
     square."""

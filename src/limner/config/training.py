@@ -252,6 +252,9 @@ class TrainUnetConfig(TrainConfig):
     """Train and sample from pure noise, so that pictures may be dark or bright all over; for U-Nets that predict v."""
     noise_offset: float = Field(default=0.0, ge=0)
     """Deviation of a constant added to each channel's noise, for dark and bright pictures with eps; often 0.1."""
+    align_weight: float = Field(default=0.0, ge=0)
+    """Weight of asking the middle block what an image encoder sees, which speeds up the beginning of a training; the
+    cache must hold `features`. Go on without it (`model`) where it no longer helps."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of the images that are trained without their caption, which guidance needs."""
     ema_halflife: float = Field(default=10_000, ge=0)
@@ -291,6 +294,12 @@ class TrainUnetConfig(TrainConfig):
             )
         if self.min_snr is not None:
             raise ValueError("min_snr gives no weight to the last step, which zero_terminal_snr is for; leave out one")
+        return self
+
+    @model_validator(mode="after")
+    def _alignable(self) -> Self:
+        if self.align_weight and (self.tune != "full" or isinstance(self, TrainLoraConfig)):
+            raise ValueError("align_weight is for training all of a U-Net; leave it out")
         return self
 
     @model_validator(mode="after")

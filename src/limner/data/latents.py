@@ -2,11 +2,12 @@
 
 C/{train,val}/moments.npy     (N, V, 2C, h, w) float16: V views of each picture, a mirrored one after its original
 C/{train,val}/masks.npy       (N, V, 1, h, w) float16: what of them counts, 0 to 1; only where a picture has a mask
+C/train/features.npy          (N, V, W, s, s) float16: what an image tower sees in them; only where asked for
 C/{train,val}/states.npy      (M, L, D) float16: token states of all captions, those of a picture in a row
 C/{train,val}/captions.json   N lists of captions
 C/empty.npy                   (1, L, D) float16: token states of the empty prompt
 
-With aspect-ratio buckets a split has a `moments-WxH.npy`, and perhaps a `masks-WxH.npy`, for each size in pixels, and
+With aspect-ratio buckets a split has a `moments-WxH.npy`, and perhaps the others, for each size in pixels, and
 `buckets.json` says by that name which pictures, counted from 0, the rows are of.
 """
 
@@ -26,7 +27,7 @@ from limner.data.dataset import Split, split_identity
 from limner.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[np.float16]]
-Kind = Literal["moments", "masks"]
+Kind = Literal["moments", "masks", "features"]
 ENCODED: tuple[Split, ...] = ("train", "val")  # test only reports
 
 
@@ -90,11 +91,13 @@ class LatentCache:
         self._row = np.zeros(count, np.int64)  # of each picture, in its bucket
         self._moments: list[Array] = []  # (N, V, 2C, h, w) each
         self._masks: list[Array | None] = []  # (N, V, 1, h, w) each
+        self._features: list[Array | None] = []  # (N, V, W, s, s) each
         for number, (name, own) in enumerate(rows.items()):
-            moments, masks = array_path(folder, "moments", name), array_path(folder, "masks", name)
-            self._moments.append(_mapped(moments))
-            self._masks.append(_mapped(masks) if masks.exists() else None)
-            _agree(all(len(array) == len(own) for array in (self._moments[-1], self._masks[-1]) if array is not None))
+            self._moments.append(_mapped(array_path(folder, "moments", name)))
+            self._masks.append(_mapped_if_there(array_path(folder, "masks", name)))
+            self._features.append(_mapped_if_there(array_path(folder, "features", name)))
+            arrays = self._moments[-1], self._masks[-1], self._features[-1]
+            _agree(all(len(array) == len(own) for array in arrays if array is not None))
             self.bucket[own], self._row[own] = number, np.arange(len(own))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -118,6 +121,13 @@ class LatentCache:
         masks = self._masks[self.bucket[index]]
         return None if masks is None else _tensor(masks[self._row[index], view])
 
+    def features(self, index: int, view: int) -> Tensor:
+        """What the image tower of `limner encode` saw in a view -> (W, s, s) float32. Raises DataError without one."""
+        features = self._features[self.bucket[index]]
+        if features is None:
+            raise DataError(f"{self._origin[0]} has no features to align with; encode with --set features=CLIP.")
+        return _tensor(features[self._row[index], view])
+
     def shown(self, index: int, view: int) -> dict[str, Tensor]:
         """What an example has of a view: its `moments`, and its `mask` where there is one."""
         mask = self.mask(index, view)
@@ -135,6 +145,10 @@ def _agree(whole: bool) -> None:
 
 def _mapped(path: Path) -> Array:
     return np.load(path, mmap_mode="r")
+
+
+def _mapped_if_there(path: Path) -> Array | None:
+    return _mapped(path) if path.exists() else None
 
 
 def _tensor(row: Array) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,15 @@ class Clip:
         else:
             features = network.get_image_features(values).pooler_output
         return normalize(features.float(), dim=1)
+
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """The image tower's last layer by patch, final norm included, of pixels as above -> (N, W, s, s)."""
+        vision = self.network.vision_model
+        states = vision(normalised(pixels, self.normalisation)).last_hidden_state  # (N, P, W), CLIP's class token first
+        if self.causal:
+            states = vision.post_layernorm(states[:, 1:])
+        side = math.isqrt(states.shape[1])
+        return states.transpose(1, 2).unflatten(2, (side, side)).float()
 
     def token_states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What a U-Net may read of token ids; see the function of this name."""

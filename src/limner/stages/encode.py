@@ -35,6 +35,7 @@ from limner.generation.engine import encode_prompts
 from limner.generation.prompts import length_of
 from limner.models import loading
 from limner.models import vae as vaes
+from limner.models.clip import Clip
 from limner.models.gate import TextFacts
 from limner.progress import progress
 
@@ -46,6 +47,8 @@ class Encoders:
     vae: Any
     text_encoder: Any
     tokenizer: Any
+    observer: Clip | None
+    """Whose image tower looks at pictures, where that is asked for."""
     device: torch.device
 
 
@@ -73,6 +76,7 @@ def run(config: EncodeConfig) -> Path:
     encoders = _load(config)
     parents = dataset_parents(config.data)
     parents |= {"vae": loading.identity(config.vae, "vae"), "clip": loading.text_identity(config.clip)}
+    parents |= {"features": loading.identity(config.features, "clip")} if config.features else {}
     run = Run.open(config.out, config, parents)
     if run.finished:
         print(f"Nothing to do: {run.folder} is finished, with these encoders and settings.")
@@ -82,6 +86,8 @@ def run(config: EncodeConfig) -> Path:
         buckets = _buckets(config, split, records)
         for bucket in buckets:
             _encode_pictures(config, encoders, bucket, cache / split)
+            if encoders.observer is not None and split == "train":
+                _encode_features(config, encoders.observer, bucket, cache / split)
         if config.buckets:
             write_json(cache / split / "buckets.json", {bucket.name: list(bucket.records) for bucket in buckets})
         write_captions(cache / split / "captions.json", [record.captions for record in records])
@@ -163,7 +169,11 @@ def _load(config: EncodeConfig) -> Encoders:
             "choose a multiple."
         )
     text_encoder, tokenizer = loading.load_text_encoder(config.clip)
-    return Encoders(vae, text_encoder.to(device), tokenizer, device)
+    observer = None
+    if config.features is not None:
+        observer = loading.load_clip(config.features)
+        observer.network.to(device)
+    return Encoders(vae, text_encoder.to(device), tokenizer, observer, device)
 
 
 @torch.no_grad()
@@ -196,6 +206,21 @@ def _encode_pictures(config: EncodeConfig, encoders: Encoders, bucket: Bucket, f
         batches = _batched(list(bucket.records), max(1, config.batch_size // bucket.views))
         path, shape = array_path(folder, kind, bucket.name), _shape(encoders, bucket, kind)
         _write(path, shape, batches, encode, f"{folder.name} {path.stem}")
+
+
+def _encode_features(config: EncodeConfig, observer: Clip, bucket: Bucket, folder: Path) -> None:
+    """Write what an image tower sees in a bucket's pictures, each view squeezed to the square that it reads."""
+
+    @torch.no_grad()
+    def features(indices: Sequence[int]) -> Tensor:
+        pixels = _cut(config, bucket, indices, to_pixels, (observer.size, observer.size))  # (N, V, 3, S, S)
+        seen = observer.patch_features(pixels.flatten(0, 1).to(observer.network.device))  # (N V, W, s, s)
+        return seen.unflatten(0, pixels.shape[:2])
+
+    batches = list(_batched(list(bucket.records), max(1, config.batch_size // bucket.views)))
+    shape = (len(bucket.records), *features(batches[0][:1]).shape[1:])
+    path = array_path(folder, "features", bucket.name)
+    _write(path, shape, iter(batches), features, f"{folder.name} {path.stem}")
 
 
 def _cut(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from limner.config import TrainLoraConfig, TrainUnetConfig
 from limner.diffusion import objectives, schedulers
 from limner.models import gate, layers, loading, lora, unet
+from limner.models.representation import Aligned, misaligned
 from limner.training.encoded import Encoded
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example
@@ -43,23 +44,27 @@ class TrainUnet:
     def __init__(self, config: TrainUnetConfig) -> None:
         """Raises ConfigError, DataError or ModelError."""
         self.config = config
-        self.encoded = Encoded(config.data, config.sample_prompts)
+        self.encoded = Encoded(config.data, config.sample_prompts, aligned=config.align_weight > 0)
         self.parents = {"data": self.encoded.identity}
         if config.model is None:
             channels, side, _ = self.encoded.shape
             width = self.encoded.empty.shape[-1]
             self.scheduler = schedulers.new(config.objective)
-            self.network = unet.new(config, side=side, latent_channels=channels, state_width=width)
+            self.unet = unet.new(config, side=side, latent_channels=channels, state_width=width)
         else:
             self.scheduler = loading.load_scheduler(config.model)
-            self.network = loading.load_unet(config.model)
+            self.unet = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
-            self.encoded.refuse_misfit(self.network, config.model)
+            self.encoded.refuse_misfit(self.unet, config.model)
             if isinstance(config, TrainLoraConfig):
                 self._refuse_other_text(config.model)
-                lora.add(self.network, config)
+                lora.add(self.unet, config)
             else:
-                layers.freeze_others(self.network, config.tune)
+                layers.freeze_others(self.unet, config.tune)
+        self.network: nn.Module = self.unet
+        if config.align_weight:
+            width, side, _ = self.encoded.train.features(0, 0).shape
+            self.network = Aligned(self.unet, width, side)
         if config.zero_terminal_snr:
             self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)
         self.objective = schedulers.objective_of(self.scheduler)
@@ -83,15 +88,18 @@ class TrainUnet:
             "draw": objectives.draw_noise(shape, rng),
         }
 
-    def _answer(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean squared error of each picture's prediction, where its mask, if it has one, lets in -> (N,)."""
+    def _answer(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Mean squared error of each picture's prediction, where its mask, if it has one, lets in -> (N,).
+
+        Beside it what an `Aligned` network makes of the features (N, W, s, s).
+        """
         x0 = self.encoded.latents(batch)
         alpha, sigma = self._level(batch["t"])
         noised = objectives.add_noise(x0, batch["noise"], alpha, sigma)
         step = objectives.timestep(self.objective, batch["t"])
-        predicted = network(noised, step, encoder_hidden_states=batch["states"], return_dict=False)[0]
+        predicted, *mapped = network(noised, step, encoder_hidden_states=batch["states"], return_dict=False)
         wanted = objectives.target(self.objective, x0, batch["noise"], alpha, sigma)
-        return objectives.mean_error((predicted.float() - wanted).square(), batch.get("mask"))
+        return objectives.mean_error((predicted.float() - wanted).square(), batch.get("mask")), *mapped
 
     def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at t (N,) -> (N, 1, 1, 1) each."""
@@ -99,11 +107,14 @@ class TrainUnet:
         return objectives.level(self.objective, t, betas)
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the prediction, weighted by level where `min_snr` is set."""
-        errors = self._answer(network, batch)  # (N,)
+        """Mean squared error of the prediction, weighted by level where `min_snr` is set; and alignment."""
+        errors, *mapped = self._answer(network, batch)  # (N,)
         if self.config.min_snr is not None:
             errors = errors * objectives.min_snr(self.objective, *self._level(batch["t"]), self.config.min_snr)
-        return errors.mean(), {}
+        if not mapped:
+            return errors.mean(), {}
+        figures = {"error": errors.mean(), "misaligned": misaligned(mapped[0], batch["features"]).mean()}
+        return figures["error"] + self.config.align_weight * figures["misaligned"], figures
 
     def validate(self, samples: Path) -> dict[str, float]:
         """The loss on fixed val pictures, noise and levels, by level and unweighted; draws pictures."""
@@ -115,16 +126,17 @@ class TrainUnet:
             size = len(here["states"])
             count += size
             for t in LEVELS:
-                sums[t] += self._answer(self.network, {**here, "t": torch.full([size], t, device=device)}).sum().item()
+                errors, *_ = self._answer(self.unet, {**here, "t": torch.full([size], t, device=device)})
+                sums[t] += errors.sum().item()
         figures = {f"loss_at_{t}": total / count for t, total in sums.items()}
-        self.encoded.save_samples(samples / "drawn.png", self.network, self.scheduler, steps=STEPS, guidance=GUIDANCE)
+        self.encoded.save_samples(samples / "drawn.png", self.unet, self.scheduler, steps=STEPS, guidance=GUIDANCE)
         return {"loss": sum(figures.values()) / len(figures), **figures}
 
     def save(self, folder: Path) -> None:
         """Write `folder/unet` and `folder/scheduler`, or the files of a LoRA."""
         if isinstance(self.config, TrainLoraConfig):
             about = {"base_model": self.config.model, "base_model_sha256": self.parents["model"]}
-            lora.save(self.network, folder, about)
+            lora.save(self.unet, folder, about)
             return
-        self.network.save_pretrained(folder / "unet")
+        self.unet.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")

@@ -31,9 +31,13 @@ SHOWN = 8  # val captions that are drawn, beside the sample prompts
 class Encoded:
     """A run of `limner encode`, its train and its val pictures."""
 
-    def __init__(self, folder: Path, sample_prompts: Sequence[str]) -> None:
-        """`sample_prompts` are drawn beside val captions. Raises DataError where it can't be trained on."""
+    def __init__(self, folder: Path, sample_prompts: Sequence[str], *, aligned: bool = False) -> None:
+        """`sample_prompts` are drawn beside val captions; `aligned` examples have features of their views.
+
+        Raises DataError where it can't be trained on.
+        """
         self.folder = folder
+        self.aligned = aligned
         self.train, self.val = LatentCache(folder, "train"), LatentCache(folder, "val")
         if not len(self.val):
             raise DataError(f"{folder} has no pictures in its val split; encode a dataset with some.")
@@ -52,9 +56,11 @@ class Encoded:
         settings, parents = self.settings, read_json(self.folder / "manifest.json")["parents"]
         data = dataset_parents(settings.data) if (settings.data / "dataset.json").is_file() else parents
         encoders = {"vae": loading.identity(settings.vae, "vae"), "clip": loading.text_identity(settings.clip)}
+        encoders |= {"features": loading.identity(settings.features, "clip")} if settings.features else {}
         now = {**data, **encoders}
         if changed := sorted(role for role in {**parents, **now} if parents.get(role) != now.get(role)):
             named = {"vae": f"the VAE {settings.vae}", "clip": f"the text encoder {settings.clip}"}
+            named |= {"features": f"the CLIP {settings.features}"}
             what = " and ".join(named.get(role, f"{role} of {settings.data}") for role in changed)
             raise DataError(f"{self.folder} is stale, as {what} changed since; encode into a new folder.")
 
@@ -98,7 +104,7 @@ class Encoded:
     def example(self, index: int, rng: np.random.Generator, *, dropout: float) -> Example:
         """A view of a train picture and one of its captions, or for a share `dropout` of the draws none.
 
-        `moments` (2C, h, w), `states` (L, D), and `mask` (1, h, w) where there is one.
+        `moments` (2C, h, w), `states` (L, D), `mask` (1, h, w) where there is one, `features` (W, s, s) when aligned.
         """
         captions = self.train.captions[index]
         dropped = not captions or rng.random() < dropout
@@ -106,7 +112,8 @@ class Encoded:
         flips = self.settings.flips
         mirrored = flips and rng.random() < 0.5 and (caption is None or may_flip(captions[caption]))
         view = int(rng.integers(self.settings.views)) * (1 + flips) + mirrored
-        return {**self.train.shown(index, view), "states": self.train.states(index, caption)}
+        seen = self.train.shown(index, view) | ({"features": self.train.features(index, view)} if self.aligned else {})
+        return {**seen, "states": self.train.states(index, caption)}
 
     def latent_shape(self, moments: Tensor) -> tuple[int, ...]:
         """Of the latents that moments (…, 2C, h, w) describe."""

@@ -23,7 +23,9 @@ from limner.settings import PRESETS, resolve
 
 def concrete(cls: type[StageConfig] = StageConfig) -> list[type[StageConfig]]:
     """The configurations that a command takes."""
-    below = [found for sub in cls.__subclasses__() if sub.__module__ == configs.__name__ for found in concrete(sub)]
+    below = [
+        found for sub in cls.__subclasses__() if sub.__module__.startswith(configs.__name__) for found in concrete(sub)
+    ]
     return below if cls in (StageConfig, TrainConfig) else [cls, *below]
 
 
@@ -36,6 +38,7 @@ NEEDED: dict[type[StageConfig], dict[str, Any]] = {
     VaeConfig: {"data": "d", "out": "r"},
     UnetConfig: {"data": "d", "out": "r", "sample_prompts": ["A dog.", "Ein Hund läuft."]},
     configs.TrainLoraConfig: {"data": "d", "model": "m", "out": "r"},
+    configs.TrainDistillConfig: {"data": "d", "model": "m", "out": "r", "guidance": [1.0, 4.0]},
     EncodeConfig: {"data": "d", "vae": "v", "clip": "c", "out": "r"},
     configs.AssembleConfig: {"clip": "c", "vae": "v", "unet": "u", "out": "m"},
 }
@@ -354,11 +357,13 @@ def test_a_command_that_needs_another_shows_its_help(
     assert "limner: " not in err
 
 
-@pytest.mark.parametrize("command", ["generate", "prepare", "encode", "assemble", "clip", "vae", "unet", "lora"])
+@pytest.mark.parametrize(
+    "command", ["generate", "prepare", "encode", "assemble", "clip", "vae", "unet", "lora", "distill"]
+)
 def test_help_names_every_default(
     command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    training = command in {"clip", "vae", "unet", "lora"}
+    training = command in {"clip", "vae", "unet", "lora", "distill"}
     cls = next(c for c in CONFIGS if c.__name__.removesuffix("Config").removeprefix("Train").lower() == command)
     assert main([*(["train"] if training else []), command, "--help"], monkeypatch) == 0
     out = capfd.readouterr().out

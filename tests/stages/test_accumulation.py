@@ -59,7 +59,7 @@ def test_parts_and_processes_train_what_the_whole_does(latents: Path, tmp_path: 
         found = load_file(other / "model" / "unet" / "diffusion_pytorch_model.safetensors")
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
-            assert_close(found[name], tensor, rtol=0, atol=1e-5)
+            assert_close(found[name], tensor, rtol=0, atol=2e-5)
     again = train(latents, tmp_path / "again", checkpointing=True)
     assert losses(again) == pytest.approx(losses(whole), abs=1e-6)
 

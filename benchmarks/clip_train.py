@@ -26,8 +26,6 @@ import gzip
 import json
 import logging
 import multiprocessing
-import os
-import platform
 import random
 import resource
 import statistics
@@ -44,10 +42,10 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from record import keep
 
 from limner.data.dataset import read_training_split
 
-RESULTS = Path(__file__).parent / "results" / "clip_train"
 OPEN_CLIP = Path(__file__).parents[1] / "build" / "open_clip"
 # In a folder of its own, since Limner's libraries would take up torchvision where they see it.
 INSTALL = "pip install --no-deps --target build/open_clip open_clip_torch timm torchvision ftfy wcwidth"
@@ -380,19 +378,14 @@ def main() -> None:
         work = Work(folder, chosen.batch_size, chosen.steps, chosen.workers, chosen.precision)
         measured = measure(work, chosen.rounds)
     (theirs,) = distributions(name="open_clip_torch", path=[str(OPEN_CLIP)])
-    result = {
-        "benchmark": "clip_train",
-        "machine": chosen.name,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {"open_clip": theirs.version} | {n: version(n) for n in ("limner", "torch", "transformers")},
+    keep(
+        "clip_train",
+        chosen.name,
+        versions={"open_clip": theirs.version} | {n: version(n) for n in ("limner", "torch", "transformers")},
         **{name: value for name, value in vars(chosen).items() if name not in ("name", "data")},
-        "data": chosen.data.name if chosen.data else "drawn",
+        data=chosen.data.name if chosen.data else "drawn",
         **measured,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{chosen.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    )
 
 
 if __name__ == "__main__":

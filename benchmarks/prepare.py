@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from record import keep
+
 import limner
 
-RESULTS = Path(__file__).parent / "results" / "prepare"
 FLICKR8K = Path(__file__).parents[2] / "shared" / "data" / "flickr8k"
 LIMNER = [sys.executable, "-c", "from limner.cli import main; main()"]
 
@@ -62,20 +61,15 @@ def main() -> None:
         print(json.dumps({"benchmark": "prepare", "not_measured": "Flickr8k is missing; name it with --source"}))
         return
     figures, pictures = measure(arguments.source, arguments.repeats)
-    result = {
-        "benchmark": "prepare",
-        "machine": arguments.name,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "limner": limner.__version__,
-        "repeats": arguments.repeats,
-        "pictures": pictures,
-        "seconds": figures,
-        "pictures_a_second": round(pictures / figures["prepare"]),
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    keep(
+        "prepare",
+        arguments.name,
+        limner=limner.__version__,
+        repeats=arguments.repeats,
+        pictures=pictures,
+        seconds=figures,
+        pictures_a_second=round(pictures / figures["prepare"]),
+    )
 
 
 if __name__ == "__main__":

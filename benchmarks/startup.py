@@ -8,9 +8,6 @@ Prints a line for each figure and, last, all of them as JSON; the same goes to r
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from record import keep
+
 import limner
 
-RESULTS = Path(__file__).parent / "results" / "startup"
 BUILTIN = Path(limner.__file__).parent / "builtin" / "model_index.json"
 PROMPT = "A golden retriever playing in a field."
 LIMNER = [sys.executable, "-c", "from limner.cli import main; main()"]
@@ -71,18 +69,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="how often each is measured (default 5)")
     arguments = parser.parse_args()
     figures = measure(arguments.repeats)
-    result = {
-        "benchmark": "startup",
-        "machine": arguments.name,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "limner": limner.__version__,
-        "repeats": arguments.repeats,
-        "seconds": figures,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    keep(
+        "startup",
+        arguments.name,
+        limner=limner.__version__,
+        repeats=arguments.repeats,
+        seconds=figures,
+    )
 
 
 if __name__ == "__main__":

@@ -19,9 +19,6 @@ what its time goes to; the same goes to results/unet_train/NAME.json.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,11 +29,11 @@ from typing import Any
 
 import torch
 from clip_train import drawn, now, taken, write_dataset
+from record import keep
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
-RESULTS = Path(__file__).parent / "results" / "unet_train"
 SHOWN = 6  # kinds of operators that the profile names
 GEMM = 2048  # side of the matrices whose product shows what the machine can do
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -186,7 +183,7 @@ def limner(work: Work) -> Iterator[None]:
         yield
 
 
-def arithmetic(work: Work) -> dict[str, float]:
+def arithmetic(work: Work) -> float:
     """FLOP of training on one image: the U-Net forward and back."""
     from limner.models import loading
 
@@ -197,7 +194,7 @@ def arithmetic(work: Work) -> dict[str, float]:
         unet(torch.randn(1, channels, side, side, device=DEVICE), 500, states, return_dict=False)[
             0
         ].square().mean().backward()
-    return {"gflop_an_image": round(counter.get_total_flops() / 1e9, 2)}
+    return float(counter.get_total_flops())
 
 
 def product(dtype: torch.dtype) -> float:
@@ -237,14 +234,13 @@ def measure(work: Work, steps: int, rounds: int) -> dict[str, Any]:
         if number:
             print(f"round {number}   " + "   ".join(f"{name} {own[-1]:7.2f} images/s" for name, own in paces.items()))
     medians = {name: round(statistics.median(own), 2) for name, own in paces.items()}
-    figures = arithmetic(work)
-    reached = medians["limner"] * figures["gflop_an_image"] / 1000
+    flop = arithmetic(work)
     return {
         "images_a_second": medians,
         "ratio": round(medians["limner"] / medians["diffusers"], 2),
         "ratio_of_caches": round(medians["with_caches"] / medians["diffusers"], 2),
-        **figures,
-        "tflop_a_second": round(reached, 3),
+        "gflop_an_image": round(flop / 1e9, 2),
+        "tflop_a_second": round(medians["limner"] * flop / 1e12, 3),
         "tflop_a_second_of_a_product": {name: round(product(dtype), 3) for name, dtype in DTYPES.items()},
         "shares": profile(sides["limner"]),
     }
@@ -272,20 +268,15 @@ def main() -> None:
         model = "builtin" if chosen.size == "builtin" else sd15(folder / "model")
         encode.run(EncodeConfig(data=folder, vae=model, clip=model, size=side, out=folder / "latents"))
         measured = measure(Work(folder, model, side, chosen.batch_size, chosen.precision), chosen.steps, chosen.rounds)
-    result = {
-        "benchmark": "unet_train",
-        "machine": chosen.name,
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("limner", "torch", "diffusers", "transformers")},
+    keep(
+        "unet_train",
+        chosen.name,
+        device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        versions={name: version(name) for name in ("limner", "torch", "diffusers", "transformers")},
         **{name: value for name, value in vars(chosen).items() if name not in ("name", "data")},
-        "data": chosen.data.name if chosen.data else "drawn",
+        data=chosen.data.name if chosen.data else "drawn",
         **measured,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{chosen.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    )
 
 
 if __name__ == "__main__":

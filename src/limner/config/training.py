@@ -315,7 +315,7 @@ class TrainLoraConfig(TrainUnetConfig):
     model: Annotated[str, FLAG]
     """The model that the additions are for: `builtin`, a `train unet` run, a model folder or a hub id."""
     lr: Annotated[PositiveFloat, FLAG] = 1e-4
-    """Peak learning rate of AdamW: it rises over `warmup`, stays, and falls over the last 30 % of the images."""
+    """Peak learning rate of AdamW: it rises over `warmup` and then follows `schedule`."""
     tune: Annotated[Literal["full", "attention", "cross_attention_kv"], FLAG] = "attention"
     """Which layers get additions: all; those of attention; or keys and values of cross-attention alone."""
     rank: Annotated[PositiveInt, FLAG] = 16

@@ -21,14 +21,12 @@ def new(objective: Objective) -> Any:
     """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    prediction_type = next(name for name, known in PREDICTION_TYPES.items() if known == objective)
     return DPMSolverMultistepScheduler(
         num_train_timesteps=TIMESTEPS,
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
-        prediction_type=prediction_type,
-        use_flow_sigmas=objective == "flow",
+        **_predicting(objective),
         steps_offset=1,
     )
 
@@ -76,15 +74,19 @@ def for_few_steps(scheduler: Any) -> Any:
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     objective = objective_of(scheduler)
-    prediction_type = next(name for name, known in PREDICTION_TYPES.items() if known == objective)
     schedule = {name: scheduler.config[name] for name in SCHEDULE if name in scheduler.config}
     return DPMSolverMultistepScheduler(
         **schedule,
         num_train_timesteps=TIMESTEPS,
-        prediction_type=prediction_type,
-        use_flow_sigmas=objective == "flow",
+        **_predicting(objective),
         flow_shift=scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0)),
         solver_order=1,
         timestep_spacing="trailing",
         final_sigmas_type="zero",
     )
+
+
+def _predicting(objective: Objective) -> dict[str, Any]:
+    """Settings of a DPMSolverMultistepScheduler for a U-Net of this objective."""
+    prediction_type = next(name for name, known in PREDICTION_TYPES.items() if known == objective)
+    return {"prediction_type": prediction_type, "use_flow_sigmas": objective == "flow"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -234,6 +235,32 @@ def test_only_what_is_trained_is_stored(tmp_path: Path) -> None:
     assert not (network["small"].weight == 5).any()
 
 
+def resumed(folder: Path, begin: Callable[[], State]) -> Iterator[tuple[State, State]]:
+    """A training and the same resumed by another, at that moment and after each of two steps more."""
+
+    def step(training: State, seed: int) -> None:
+        network, average, optimizer = training
+        weight = next(network.parameters())
+        torch.manual_seed(seed)
+        network(torch.randn(2, weight.shape[1], 5, 5).to(weight.device)).square().sum().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / seed
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(4, 4, optimizers.reached(optimizer, average.parameters))
+
+    whole, other = begin(), begin()
+    for seed in (1, 2, 3):
+        step(whole, seed)
+    checkpoints.save(folder, 1, *whole, Facts(8))
+    load_newest(folder, *other)
+    yield whole, other
+    for seed in (4, 5):
+        step(whole, seed)
+        step(other, seed)
+        yield whole, other
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_optimiser_goes_on_alike_whatever_the_layout_in_memory(tmp_path: Path, fused: bool) -> None:
     """A fused kernel takes state and parameter as they lie in memory, without a look at how."""
@@ -241,22 +268,9 @@ def test_the_optimiser_goes_on_alike_whatever_the_layout_in_memory(tmp_path: Pat
     def begin() -> State:
         torch.manual_seed(0)
         network = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
-        return network, WeightAverage(network, 1), optimizer
+        return network, WeightAverage(network, 1), torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
 
-    def step(training: State, seed: int) -> None:
-        torch.manual_seed(seed)
-        training[0](torch.randn(2, 8, 5, 5)).square().sum().backward()
-        training[2].step()
-        training[2].zero_grad()
-
-    whole, other = begin(), begin()
-    step(whole, 1)
-    checkpoints.save(tmp_path, 1, *whole, Facts(8))
-    load_newest(tmp_path, *other)
-    for training in (whole, other):
-        step(training, 2)
-    assert same(whole, other)
+    assert all(same(*pair) for pair in resumed(tmp_path, begin))
 
 
 def test_schedule_free_goes_on_with_the_same_bits(tmp_path: Path) -> None:
@@ -268,25 +282,7 @@ def test_schedule_free_goes_on_with_the_same_bits(tmp_path: Path) -> None:
         chosen = config(TrainConfig, tmp_path, tmp_path, optimizer="schedule-free", lr=0.1)
         return network, WeightAverage(network, 0), optimizers.new(network, chosen, {})
 
-    def step(training: State, seed: int) -> None:
-        network, average, optimizer = training
-        torch.manual_seed(seed)
-        network(torch.randn(2, 4, 5, 5)).square().sum().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 / seed
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update(4, 4, optimizers.reached(optimizer, average.parameters))
-
-    whole, other = begin(), begin()
-    for seed in (1, 2, 3):
-        step(whole, seed)
-    checkpoints.save(tmp_path, 1, *whole, Facts(8))
-    load_newest(tmp_path, *other)
-    assert same(whole, other)
-    for seed in (4, 5):
-        for training in (whole, other):
-            step(training, seed)
+    for whole, other in resumed(tmp_path, begin):
         assert same(whole, other)
     assert not torch.equal(whole[1].averages[0], next(whole[0].parameters()))
 
@@ -299,19 +295,8 @@ def test_eight_bits_go_on_with_the_same_bits(tmp_path: Path) -> None:
         chosen = config(TrainConfig, tmp_path, tmp_path, optimizer="adamw-8bit", lr=0.1)
         return network, WeightAverage(network, 0), optimizers.new(network, chosen, {})
 
-    def step(training: State, seed: int) -> None:
-        torch.manual_seed(seed)
-        training[0](torch.randn(2, 64, 5, 5).cuda()).square().sum().backward()
-        training[2].step()
-        training[2].zero_grad()
-
-    whole, other = begin(), begin()
-    step(whole, 1)
-    checkpoints.save(tmp_path, 1, *whole, Facts(8))
-    load_newest(tmp_path, *other)
-    for training in (whole, other):
-        step(training, 2)
-    assert torch.equal(whole[0].weight, other[0].weight)
+    for whole, other in resumed(tmp_path, begin):
+        assert all(torch.equal(*pair) for pair in zip(whole[0].parameters(), other[0].parameters(), strict=True))
 
 
 def test_the_state_of_other_parameters_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

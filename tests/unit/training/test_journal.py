@@ -10,13 +10,13 @@ from typing import Any, get_args
 import pytest
 from accelerate.tracking import get_available_trackers
 
-from limner import config as configs
 from limner.config import TrainConfig
+from limner.config.training import Tracker
 from limner.errors import ConfigError
 from limner.training.loop import plan_training, run_training
 from trainings import Summing, config, run_summing
 
-MISSING = [name for name in get_args(configs.Tracker) if name not in map(str, get_available_trackers())]
+MISSING = [name for name in get_args(Tracker) if name not in map(str, get_available_trackers())]
 
 
 def settings(out: Path, **given: Any) -> TrainConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from limner.config import TrainConfig
 from limner.errors import UserError
 from limner.training import checkpoints
 from limner.training.loop import run_training
+from processes import in_two_processes
 from trainings import Summing, config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks workers")
@@ -66,17 +66,8 @@ def two_processes(folder: Path, *trainings: dict[str, Any]) -> tuple[list[list[s
     """Run the trainings in two processes. -> what each of the two was told about each training, and their output."""
     answers = folder / "answers"
     answers.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, __file__, str(answers), *(json.dumps(each, default=str) for each in trainings)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [(answers / str(rank)).read_text().splitlines() for rank in range(2)], done.stdout
+    told = in_two_processes(__file__, str(answers), *(json.dumps(each, default=str) for each in trainings))
+    return [(answers / str(rank)).read_text().splitlines() for rank in range(2)], told
 
 
 def same_result(one: Path, other: Path) -> None:

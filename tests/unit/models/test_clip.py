@@ -74,8 +74,12 @@ def letters(text: str) -> str:
     return "".join(unicodedata.normalize("NFC", text).lower().split())
 
 
+# Cn: letters of a newer Unicode than Python's, which it can't put into lower case, as the tokenizer can
+KNOWN = st.characters(codec="utf-8", exclude_categories=["Cc", "Cn", "Zl", "Zp", "Zs"])
+
+
 @settings(deadline=None)
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp", "Zs"]), max_size=60))
+@given(st.text(KNOWN, max_size=60))
 def test_any_text_comes_back_in_lower_case(text: str) -> None:
     tokenizer = clips.new_tokenizer(CAPTIONS, 600)
     ids = tokenizer(text)["input_ids"]

@@ -54,7 +54,7 @@ def new(network: nn.Module, config: TrainConfig, rates: Mapping[str, float]) -> 
     given: dict[str, Any] = {"lr": config.lr, "betas": BETAS, "eps": EPS}
     match config.optimizer:
         case "muon":
-            return Muon(settings, lr=config.lr)
+            return Muon(settings, lr=config.lr, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
         case "schedule-free":
             from schedulefree import AdamWScheduleFree
 
@@ -86,11 +86,13 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal (Jordan et al. 2024), for groups with `muon`; AdamW for the others.
 
     The orthogonal update is scaled to the size of AdamW's (Liu et al. 2502.16982); kernels count as matrices of their
-    output channels. Matrices of one shape are made orthogonal together.
+    output channels. Matrices of one shape are made orthogonal together, in `dtype`; for a direction, bf16 is exact
+    enough.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+    def __init__(self, groups: list[dict[str, Any]], lr: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(groups, {"lr": lr, "muon": False, "weight_decay": 0.0})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -112,7 +114,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = self._state(parameter, "momentum")
                 momentum.lerp_(parameter.grad, 1 - MOMENTUM)
                 updates.append(parameter.grad.lerp(momentum, MOMENTUM).reshape(shape))  # Nesterov's
-            directions = orthogonal(torch.stack(updates))  # (K, R, C)
+            directions = orthogonal(torch.stack(updates).to(self.dtype))  # (K, R, C)
             for parameter, direction in zip(alike, directions):
                 parameter.sub_(direction.reshape(parameter.shape), alpha=lr * RMS * max(shape) ** 0.5)
 

@@ -4,7 +4,7 @@ A new knob goes here, not into a flag. `settings.py` puts a configuration togeth
 """
 
 from limner.config.base import Argument, Flag, StageConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, GenerateConfig, PrepareConfig
+from limner.config.stages import AssembleConfig, EncodeConfig, Format, GenerateConfig, PrepareConfig
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -19,6 +19,7 @@ __all__ = [
     "AssembleConfig",
     "EncodeConfig",
     "Flag",
+    "Format",
     "GenerateConfig",
     "PrepareConfig",
     "StageConfig",

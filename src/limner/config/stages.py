@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from limner.config.base import FLAG, Argument, Flag, StageConfig
 
+Format = Literal["png", "jpeg", "webp"]
+
 
 class PrepareConfig(StageConfig):
     """From a source archive or folder to a dataset folder."""
@@ -135,6 +137,10 @@ class GenerateConfig(StageConfig):
     """LoRA to draw with, a safetensors file or a `train lora` run, as FILE or FILE:WEIGHT; may be repeated."""
     out: Annotated[Path, FLAG] = Path("pictures")
     """Folder for the pictures."""
+    format: Annotated[Format, FLAG] = "png"
+    """Kind of file: png, jpeg or webp; each says how the picture was drawn."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """How faithful JPEG and WebP are to the pixels."""
     device: Annotated[str | None, FLAG] = None
     """`cpu` or `cuda`; the GPU when there is one."""
     batch_size: PositiveInt = 8

@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
+from limner.generation.sources import Source
 from limner.models import hub, loading
 from limner.models.lora import Lora, find
 
@@ -23,6 +24,7 @@ STABLE_DIFFUSION = {
 """The parts with weights that Limner's own loop draws with."""
 
 MOST_PIXELS_A_SIDE = 8192
+STRENGTH = 0.6  # of a picture to begin with, where none is asked for
 STEPS, GUIDANCE = 25, 7.5  # of a model whose manifest.json names none, and that our own loop draws
 
 
@@ -48,6 +50,14 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Variation:
+    """Another seed, towards whose noise a picture's own is turned, and by which share: 0 not at all, 1 all the way."""
+
+    seed: int
+    strength: float
+
+
+@dataclass(frozen=True)
 class Job:
     """One picture to draw; None leaves a setting to the pipeline."""
 
@@ -58,6 +68,23 @@ class Job:
     guidance: float | None
     width: int | None
     height: int | None
+    variation: Variation | None = None
+    image: Source | None = None
+    """The picture to begin with."""
+    mask: Source | None = None
+    """What of it is redrawn."""
+    strength: float | None = None
+    """Share of the steps that are taken from there; None without `image`."""
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps through the denoising loop that the picture takes, where that is known."""
+        return steps_taken(self.steps or 0, self.strength)
+
+
+def steps_taken(steps: int, strength: float | None) -> int:
+    """How many of the steps are taken from a picture at this strength, as Diffusers counts them; all without one."""
+    return steps if strength is None else min(int(steps * strength), steps)
 
 
 def read_spec(ref: str, folder: Path | None = None) -> Spec:
@@ -125,10 +152,16 @@ def make_jobs(
     guidance: float | None = None,
     negative: str = "",
     size: str | int | None = None,
+    variation: str | None = None,
+    image: Source | None = None,
+    mask: Source | None = None,
+    strength: float | None = None,
 ) -> list[Job]:
     """The pictures to draw: `n` a prompt with the seeds `seed`, `seed + 1`, ...; what is None is the model's own.
 
-    `size` is SIDE or WIDTHxHEIGHT. Raises ConfigError where a setting is out of range or the size doesn't fit.
+    `size` is SIDE or WIDTHxHEIGHT; without it pictures that begin with an `image` have its shape, and as many pixels
+    as the model's own. With a `variation`, SEED:STRENGTH, it is that seed that rises, around one `seed`. Raises
+    ConfigError where a setting is out of range, the size doesn't fit or the model can't begin with a picture.
     """
     if n < 1:
         raise ConfigError(f"n must be 1 or more, not {n}.")
@@ -137,12 +170,16 @@ def make_jobs(
     steps = spec.steps if steps is None else steps
     guidance = spec.guidance if guidance is None else guidance
     _check_numbers(steps, guidance)
-    width, height = (spec.size or (None, None)) if size is None else _fitting(size, spec.factor)
+    strength = _checked_strength(spec, steps, image, mask, strength)
+    own_size = (spec.size or (None, None)) if image is None else _shaped(spec, image)
+    width, height = own_size if size is None else _fitting(size, spec.factor)
     negative = texts.checked_negative(negative)
+    first = _variation(spec, variation)
+    own = [(seed + i, None) if first is None else (seed, replace(first, seed=first.seed + i)) for i in range(n)]
     return [
-        Job(texts.checked(prompt), negative, seed + i, steps, guidance, width, height)
+        Job(texts.checked(prompt), negative, number, steps, guidance, width, height, varied, image, mask, strength)
         for prompt in prompts
-        for i in range(n)
+        for number, varied in own
     ]
 
 
@@ -151,6 +188,47 @@ def _check_numbers(steps: int | None, guidance: float | None) -> None:
         raise ConfigError(f"steps must be from 1 to 1000, not {steps}.")
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 1):
         raise ConfigError(f"guidance must be 1 or more, not {guidance}; 1 is off.")
+
+
+def _checked_strength(
+    spec: Spec, steps: int | None, image: Source | None, mask: Source | None, strength: float | None
+) -> float | None:
+    """The strength, `STRENGTH` where none is asked for, or 1 with a mask; None without an image. Raises ConfigError."""
+    if image is None:
+        if mask is not None or strength is not None:
+            raise ConfigError(f"A {'mask' if mask else 'strength'} needs a picture to begin with; name one as image.")
+        return None
+    if not spec.own_loop:
+        raise ConfigError(f"{spec.ref} is a {spec.pipeline}; only Stable Diffusion 1 and 2 begin with a picture here.")
+    if strength is None:
+        strength = STRENGTH if mask is None else 1.0
+    if not 0 < strength <= 1:
+        raise ConfigError(f"strength must be above 0 and at most 1, not {strength:g}.")
+    assert steps is not None
+    if not steps_taken(steps, strength):
+        raise ConfigError(f"strength {strength:g} of {steps} steps is not one step; raise either.")
+    return strength
+
+
+def _shaped(spec: Spec, image: Source) -> tuple[int, int]:
+    """Width and height of the picture's shape, with about as many pixels as the model's own size."""
+    assert spec.size is not None
+    wide, high = image.image.size
+    scale = math.sqrt(spec.size[0] * spec.size[1] / (wide * high)) / spec.factor
+    most = MOST_PIXELS_A_SIDE // spec.factor
+    width, height = (min(max(round(side * scale), 1), most) * spec.factor for side in (wide, high))
+    return width, height
+
+
+def _variation(spec: Spec, text: str | None) -> Variation | None:
+    if text is None:
+        return None
+    if not spec.own_loop:
+        raise ConfigError(f"{spec.ref} is a {spec.pipeline}; only Stable Diffusion 1 and 2 draw variations here.")
+    found = re.fullmatch(r"(\d{1,19}):(\d*\.?\d+)", text.strip(), re.ASCII)
+    if not found or not int(found[1]) < 2**63 or not float(found[2]) <= 1:
+        raise ConfigError(f"The variation {text!r} is not SEED:STRENGTH, such as 8:0.2, with a strength from 0 to 1.")
+    return Variation(int(found[1]), float(found[2]))
 
 
 def _fitting(size: str | int, factor: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ A new knob goes here, not into a flag. `settings.py` puts a configuration togeth
 """
 
 from limner.config.base import Argument, Flag, StageConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, Format, GenerateConfig, PrepareConfig
+from limner.config.stages import AssembleConfig, EncodeConfig, Format, GenerateConfig, PrepareConfig, ReplayConfig
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "Format",
     "GenerateConfig",
     "PrepareConfig",
+    "ReplayConfig",
     "StageConfig",
     "TrainClipConfig",
     "TrainConfig",

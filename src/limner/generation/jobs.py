@@ -225,10 +225,14 @@ def _variation(spec: Spec, text: str | None) -> Variation | None:
         return None
     if not spec.own_loop:
         raise ConfigError(f"{spec.ref} is a {spec.pipeline}; only Stable Diffusion 1 and 2 draw variations here.")
-    found = re.fullmatch(r"(\d{1,19}):(\d*\.?\d+)", text.strip(), re.ASCII)
-    if not found or not int(found[1]) < 2**63 or not float(found[2]) <= 1:
+    seed, _, strength = text.partition(":")
+    try:
+        variation = Variation(int(seed), float(strength))
+    except ValueError:
+        variation = None
+    if variation is None or not (0 <= variation.seed < 2**63 and 0 <= variation.strength <= 1):
         raise ConfigError(f"The variation {text!r} is not SEED:STRENGTH, such as 8:0.2, with a strength from 0 to 1.")
-    return Variation(int(found[1]), float(found[2]))
+    return variation
 
 
 def _fitting(size: str | int, factor: int) -> tuple[int, int]:

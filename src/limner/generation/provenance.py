@@ -52,6 +52,37 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
+def differences(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a picture was drawn with that is otherwise `now`, in the record of the same picture drawn again."""
+    found = []
+    one: dict[str, Any]
+    other: dict[str, Any]
+    for what, one, other in (
+        ("weights", record["model"]["weights"], now["model"]["weights"]),
+        ("LoRA", *({lora["ref"]: lora["sha256"] for lora in facts["model"]["loras"]} for facts in (record, now))),
+        ("picture", *(_pictures(facts) for facts in (record, now))),
+    ):
+        for name in {**one, **other}:
+            if one.get(name) != other.get(name):
+                state = "is gone" if name not in other else "is new" if name not in one else "has changed"
+                found.append(f"{what} {name} {state}")
+    for what, one, other in (
+        ("scheduler", record["model"]["scheduler"], now["model"]["scheduler"]),
+        ("version of", record["versions"], now["versions"]),
+        ("device", record["device"], now["device"]),
+    ):
+        for name in {**one, **other}:
+            if one.get(name) != other.get(name):
+                found.append(f"{what} {name}: {one.get(name)} then, {other.get(name)} now")
+    return found
+
+
+def _pictures(record: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of the pictures that a drawing began with."""
+    begun = {f"of {role}": record.get(role) for role in ("image", "mask")}
+    return {role: facts["sha256"] for role, facts in begun.items() if facts is not None}
+
+
 def parameters(record: dict[str, Any]) -> str:
     """The record as A1111 writes it: prompt, negative prompt, and a line of settings."""
     model = record["model"]

@@ -78,7 +78,7 @@ def grids(over: Sequence[Axis], drawn: Sequence[Sequence[Image]], jobs: Sequence
 
 def label(job: Job, names: set[str] | None = None) -> str:
     """What a job is called on a sheet: its prompt and seed, but for what the axes `names` tell already."""
-    seeds = [f"seed {job.seed}"] if "seed" not in (names or ()) else []
+    seeds = [f"seed\u00a0{job.seed}"] if "seed" not in (names or ()) else []
     if job.variation is not None and "variation" not in (names or ()):
-        seeds.append(f"variation {job.variation.seed}:{job.variation.strength:g}")
+        seeds.append(f"variation\u00a0{job.variation.seed}:{job.variation.strength:g}")
     return f"{job.prompt} ({', '.join(seeds)})" if seeds else job.prompt

@@ -55,13 +55,12 @@ def _plain(value: Any) -> Any:
 def differences(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What a picture was drawn with that is otherwise `now`, in the record of the same picture drawn again."""
     found = []
-    one: dict[str, Any]
-    other: dict[str, Any]
-    for what, one, other in (
+    hashed: list[tuple[str, dict[str, str], dict[str, str]]] = [
         ("weights", record["model"]["weights"], now["model"]["weights"]),
-        ("LoRA", *({lora["ref"]: lora["sha256"] for lora in facts["model"]["loras"]} for facts in (record, now))),
-        ("picture", *(_pictures(facts) for facts in (record, now))),
-    ):
+        ("LoRA", _loras(record), _loras(now)),
+        ("picture", _pictures(record), _pictures(now)),
+    ]
+    for what, one, other in hashed:
         for name in {**one, **other}:
             if one.get(name) != other.get(name):
                 state = "is gone" if name not in other else "is new" if name not in one else "has changed"
@@ -75,6 +74,10 @@ def differences(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if one.get(name) != other.get(name):
                 found.append(f"{what} {name}: {one.get(name)} then, {other.get(name)} now")
     return found
+
+
+def _loras(record: dict[str, Any]) -> dict[str, str]:
+    return {lora["ref"]: lora["sha256"] for lora in record["model"]["loras"]}
 
 
 def _pictures(record: dict[str, Any]) -> dict[str, str]:

@@ -36,13 +36,13 @@ def new(channels: Sequence[int], layers: int, latent_channels: int) -> Any:
 
 def factor(vae_config: Any) -> int:
     """Pixels a latent, along a side."""
-    name = "block_out_channels" if has_variance(vae_config) else "decoder_block_out_channels"
+    name = "block_out_channels" if "block_out_channels" in vae_config else "decoder_block_out_channels"
     return int(2 ** (len(vae_config[name]) - 1))
 
 
 def has_variance(vae_config: Any) -> bool:
     """Whether the encoder predicts a Gaussian, as an AutoencoderKL's, and not latents, as an AutoencoderTiny's."""
-    return "block_out_channels" in vae_config
+    return "decoder_block_out_channels" not in vae_config
 
 
 def encode(vae: Any, pixels: Tensor) -> Tensor:

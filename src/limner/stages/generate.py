@@ -73,7 +73,7 @@ def _sheets(
         for grid in grids.grids(grids.axes(config.grid), by_cell, cells[0]):
             yield "grid", grid
     if config.sheet:
-        labels = [f"{picture.record['prompt']} (seed {picture.record['seed']})" for picture in drawn]
+        labels = [f"{picture.record['prompt']} (seed\u00a0{picture.record['seed']})" for picture in drawn]
         yield "sheet", sheets.contact([picture.image for picture in drawn], labels)
 
 

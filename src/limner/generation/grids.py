@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from limner.generation.jobs import Job
 
-SETTINGS = ("steps", "guidance", "seed", "negative", "size", "strength", "variation")
+SETTINGS = ("steps", "guidance", "seed", "negative", "size", "scheduler", "guidance_rescale", "strength", "variation")
 
 
 @dataclass(frozen=True)

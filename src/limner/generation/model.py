@@ -18,9 +18,10 @@ from limner import artifacts
 from limner.errors import ConfigError
 from limner.generation import painters, provenance, ranking, sources
 from limner.generation.engine import OnStep
-from limner.generation.jobs import Job, Spec, make_jobs, read_loras, read_spec
+from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec
 from limner.generation.painters import OnPreview
-from limner.models import lora
+from limner.models import inversion, lora
+from limner.models.inversion import Inversion
 from limner.models.lora import Lora
 
 if TYPE_CHECKING:
@@ -63,28 +64,40 @@ class Pictures:
 class Model:
     """A text-to-image model on a device."""
 
-    def __init__(self, spec: Spec, device: str | None = None, loras: Sequence[Lora] = ()) -> None:
-        """Load what `spec` describes, and add LoRAs to it.
+    def __init__(
+        self,
+        spec: Spec,
+        device: str | None = None,
+        loras: Sequence[Lora] = (),
+        embeddings: Sequence[Inversion] = (),
+    ) -> None:
+        """Load what `spec` describes, and add LoRAs and textual inversions to it.
 
-        Raises ModelError, also where a LoRA doesn't fit, or ConfigError for a device that is not there.
+        Raises ModelError, also where one of those doesn't fit, or ConfigError for a device that is not there.
         """
         self.spec = spec
         self.device = choose_device(device)
         self.loras = loras
+        self.embeddings = embeddings
         self.painter = painters.new(spec, self.device)
         if loras:
             assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_loras` makes sure
             lora.fuse(loras, {"unet": self.painter.unet, "text_encoder": self.painter.text_encoder})
+        if embeddings:
+            assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_embeddings` makes sure
+            inversion.add(embeddings, self.painter.tokenizer, self.painter.text_encoder)
 
     @classmethod
-    def load(cls, ref: str, device: str | None = None, loras: Sequence[str] = ()) -> Self:
+    def load(
+        cls, ref: str, device: str | None = None, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
+    ) -> Self:
         """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one; add LoRAs, each FILE or
-        FILE:WEIGHT.
+        FILE:WEIGHT, and textual inversions, each FILE or FILE:TOKEN.
 
-        Raises as `Model` does, and where a LoRA can't be read.
+        Raises as `Model` does, and where one of those can't be read.
         """
         spec = read_spec(ref)
-        return cls(spec, device, read_loras(spec, loras))
+        return cls(spec, device, read_loras(spec, loras), read_embeddings(spec, embeddings))
 
     def __call__(
         self,
@@ -96,6 +109,8 @@ class Model:
         guidance: float | None = None,
         negative: str = "",
         size: str | int | None = None,
+        scheduler: str | None = None,
+        guidance_rescale: float = 0.0,
         variation: str | None = None,
         image: Path | str | None = None,
         mask: Path | str | None = None,
@@ -107,9 +122,11 @@ class Model:
     ) -> Pictures:
         """Draw `n` pictures a prompt, with the seeds `seed`, `seed + 1`, ...
 
-        steps, guidance and size (SIDE or "WIDTHxHEIGHT", in pixels) are the model's own when left out; guidance 1 is
-        off. A prompt and a seed make one picture, whatever is drawn beside it: bit for bit on a CPU, and but for
-        rounding on a GPU, whose sums depend on the batch in their last bits.
+        Prompts may have weights and alternatives (`limner.generation.language`). steps, guidance, size (SIDE or
+        "WIDTHxHEIGHT", in pixels) and scheduler (a name of `limner.diffusion.samplers`) are the model's own when left
+        out; guidance 1 is off, and guidance_rescale, from 0 to 1, takes some of its contrast back. A prompt and a seed
+        make one picture, whatever is drawn beside it: bit for bit on a CPU, and but for rounding on a GPU, whose sums
+        depend on the batch in their last bits.
 
         `image` is a file to begin with, of which the share `strength` of the steps makes something new, and `mask` a
         file that is white where to redraw it. `variation`, SEED:STRENGTH, turns the noise towards another seed's; it
@@ -125,6 +142,8 @@ class Model:
             guidance=guidance,
             negative=negative,
             size=size,
+            scheduler=scheduler,
+            guidance_rescale=guidance_rescale,
             variation=variation,
             image=None if image is None else sources.read_picture(Path(image)),
             mask=None if mask is None else sources.read_mask(Path(mask)),
@@ -152,7 +171,8 @@ class Model:
 
     def record(self, job: Job) -> dict[str, Any]:
         """What the picture of this job says of its origin."""
-        return provenance.make_record(job, self.facts, self.device_facts)
+        facts = {**self.facts, "scheduler": _configuration(painters.scheduler_for(self.painter, job))}
+        return provenance.make_record(job, facts, self.device_facts)
 
     def best(self, pictures: Iterable[Picture], n: int, of: int) -> Iterator[Picture]:
         """Of each `of` pictures that follow each other, of one prompt, the `n` that fit it best, the best first.
@@ -163,7 +183,7 @@ class Model:
         ranking.check(self.spec, n, of)
         pictures = iter(pictures)
         while drawn := list(itertools.islice(pictures, of)):
-            scores = self.ranker.scores(drawn[0].record["prompt"], [picture.image for picture in drawn])
+            scores = [self.ranker.score(picture.record["prompt"], picture.image) for picture in drawn]
             for i in sorted(range(len(drawn)), key=lambda i: -scores[i])[:n]:  # of equal ones the first
                 yield replace(drawn[i], record={**drawn[i].record, "best_of": of, "score": scores[i]})
 
@@ -174,9 +194,9 @@ class Model:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """The model for a picture's record: name, scheduler, LoRAs, the sha256 of each weight file and of all together.
+        """The model for a picture's record: name, scheduler, what is added, the sha256 of each weight file and of all.
 
-        LoRAs have their own sha256; that of all together is the model's without them.
+        LoRAs and textual inversions have their own sha256; that of all is the model's without them.
         """
         weights = {
             f"{part}/{name}": digest
@@ -184,17 +204,19 @@ class Model:
             for name, digest in artifacts.sha256_folder(self.spec.folder / part, "*.safetensors").items()
         }
         together = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in weights.items()).encode())
-        # Infinity, which some schedulers have, is not JSON
-        scheduler = json.loads(self.painter.scheduler.to_json_string(), parse_constant=str)
         return {
             "ref": self.spec.ref,
             "pipeline": self.spec.pipeline,
-            "scheduler": scheduler,
+            "scheduler": _configuration(self.painter.scheduler),
             "weights": weights,
             "sha256": together.hexdigest(),
             "loras": [
                 {"ref": added.ref, "sha256": artifacts.sha256(added.file), "weight": added.weight}
                 for added in self.loras
+            ],
+            "embeddings": [
+                {"ref": added.ref, "sha256": artifacts.sha256(added.file), "token": added.token}
+                for added in self.embeddings
             ],
         }
 
@@ -203,6 +225,12 @@ class Model:
         """The device for a picture's record."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return {"type": self.device.type, "name": name, "threads": torch.get_num_threads()}
+
+
+def _configuration(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's settings as JSON has them, which doesn't know infinity."""
+    settings: dict[str, Any] = json.loads(scheduler.to_json_string(), parse_constant=str)
+    return settings
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner import artifacts
+from limner.diffusion import samplers
 from limner.errors import DataError
 from limner.generation import files
 from limner.generation.sources import Source
@@ -57,7 +58,8 @@ def differences(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     hashed: list[tuple[str, dict[str, str], dict[str, str]]] = [
         ("weights", record["model"]["weights"], now["model"]["weights"]),
-        ("LoRA", _loras(record), _loras(now)),
+        ("LoRA", _added(record, "loras"), _added(now, "loras")),
+        ("embedding", _added(record, "embeddings"), _added(now, "embeddings")),
         ("picture", _pictures(record), _pictures(now)),
     ]
     for what, one, other in hashed:
@@ -76,8 +78,9 @@ def differences(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def _loras(record: dict[str, Any]) -> dict[str, str]:
-    return {lora["ref"]: lora["sha256"] for lora in record["model"]["loras"]}
+def _added(record: dict[str, Any], kind: str) -> dict[str, str]:
+    """The sha256 of LoRAs or textual inversions."""
+    return {added["ref"]: added["sha256"] for added in record["model"].get(kind, [])}
 
 
 def _pictures(record: dict[str, Any]) -> dict[str, str]:
@@ -91,7 +94,7 @@ def parameters(record: dict[str, Any]) -> str:
     model = record["model"]
     settings = {
         "Steps": record["steps"],
-        "Sampler": model["scheduler"]["_class_name"].removesuffix("Scheduler"),
+        "Sampler": samplers.label(record["scheduler"], model["scheduler"]),
         "CFG scale": f"{record['guidance']:g}",
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
@@ -105,6 +108,14 @@ def parameters(record: dict[str, Any]) -> str:
         settings |= {"Variation seed": variation["seed"], "Variation seed strength": f"{variation['strength']:g}"}
     if added := [f"{Path(lora['ref']).name}:{lora['weight']:g}" for lora in model["loras"]]:
         settings["Loras"] = ", ".join(added)
+    if added := [f"{embedding['token']}: {embedding['sha256'][:12]}" for embedding in model["embeddings"]]:
+        settings["TI hashes"] = ", ".join(added)
+    optional = {
+        "CFG rescale": record["guidance_rescale"],
+        "Template": record["template"],
+        "Negative Template": record["negative_template"],
+    }
+    settings |= {name: value for name, value in optional.items() if value}
     line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items())
     negative = [f"Negative prompt: {record['negative']}"] if record["negative"] else []
     return "\n".join([record["prompt"], *negative, line])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from limner.data.pictures import centre_box, to_pixels
 from limner.errors import ConfigError
+from limner.generation import language
 from limner.generation.jobs import Spec
 from limner.models import loading
 
@@ -34,10 +34,13 @@ class Ranker:
         self.device = device
 
     @torch.no_grad()
-    def scores(self, prompt: str, images: Sequence[Image]) -> list[float]:
-        """Cosine of the prompt's features and each picture's; long prompts count up to their 77th token."""
-        text = self.clip.text_features(self.clip.tokenize([prompt]).to(self.device))  # (1, E)
+    def score(self, prompt: str, image: Image) -> float:
+        """Cosine of the features of a prompt, its brackets left out, and of the middle of a picture.
+
+        Long prompts count up to their 77th token.
+        """
+        words = " ".join(span.text for part in language.parse(prompt) for span in part)
+        text = self.clip.text_features(self.clip.tokenize([words]).to(self.device))  # (1, E)
         size = (self.clip.size, self.clip.size)
-        pixels = (to_pixels(image, centre_box(image, size), size)[None].to(self.device) for image in images)
-        # One at a time, so that the number of pictures does not change a score's last bits
-        return [float(self.clip.image_features(own) @ text.T) for own in pixels]
+        pixels = to_pixels(image, centre_box(image, size), size)[None].to(self.device)
+        return float(self.clip.image_features(pixels) @ text.T)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from limner import artifacts
 from limner.config import GenerateConfig
+from limner.diffusion import samplers
 from limner.errors import ConfigError
 from limner.generation import grids, provenance, ranking, sheets, sources, terminal
 from limner.generation import prompts as texts
-from limner.generation.jobs import Job, Spec, count_parameters, make_jobs, read_loras, read_spec
+from limner.generation.jobs import Job, Spec, count_parameters, make_jobs, read_embeddings, read_loras, read_spec
 from limner.models import hub, loading
+from limner.models.inversion import Inversion
 from limner.models.lora import Lora
 
 if TYPE_CHECKING:
@@ -35,11 +37,11 @@ def run(config: GenerateConfig) -> None:
 
     Raises ConfigError, DataError and ModelError before anything is loaded where the settings can tell.
     """
-    spec, loras, cells = _read(config, None)
+    spec, loras, embeddings, cells = _read(config, None)
     from limner.generation.model import Model
     from limner.progress import progress
 
-    model = Model(spec, config.device, loras)
+    model = Model(spec, config.device, loras, embeddings)
     jobs = model.settle([job for cell in cells for job in cell])
     if config.format == "jpeg":  # which has little room
         for job in jobs:
@@ -97,19 +99,21 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     if loading.is_hub_id(config.model) and cached is None:
         pictures = len(_prompts(config)) * config.n
         return {"model": f"{config.model}, to be fetched; its size is not known yet", "pictures": pictures}
-    spec, loras, cells = _read(config, cached)
+    spec, loras, embeddings, cells = _read(config, cached)
     jobs = [job for cell in cells for job in cell]
     first, counts = jobs[0], count_parameters(spec)
     seeds = sorted({job.seed for job in jobs})
     return {
         "model": f"{spec.ref} ({spec.pipeline})",
         **({"LoRAs": ", ".join(f"{lora.ref} at {lora.weight:g}" for lora in loras)} if loras else {}),
+        **({"embeddings": ", ".join(f"{added.ref} as {added.token}" for added in embeddings)} if embeddings else {}),
         "parameters": ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in counts.items()),
         "memory": f"{sum(counts.values()) * 4 / 2**20:,.0f} MiB for the weights, more while drawing",
         "pictures": f"{len(jobs)} ({len(jobs) // len(_prompts(config))} a prompt), {_shown_size(first)}",
         "seeds": seeds[0] if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
         "steps": first.steps or OWN,
         "guidance": first.guidance or OWN,
+        "scheduler": samplers.label(first.scheduler, spec.scheduler) if spec.scheduler else first.scheduler or OWN,
         "time": "not known before the first step; then the progress bar tells",
         "out": config.out,
     }
@@ -119,9 +123,11 @@ def _shown_size(job: Job) -> str:
     return f"{job.width}x{job.height} pixels" if job.width else f"size: {OWN}"
 
 
-def _read(config: GenerateConfig, folder: Path | None) -> tuple[Spec, tuple[Lora, ...], list[list[Job]]]:
-    """The model's own settings, read from `folder` where that is known already, the LoRAs, and the jobs, by the cells
-    of the grid; without one all are in one."""
+def _read(
+    config: GenerateConfig, folder: Path | None
+) -> tuple[Spec, tuple[Lora, ...], tuple[Inversion, ...], list[list[Job]]]:
+    """The model's own settings, read from `folder` where that is known already, what is added to it, and the jobs, by
+    the cells of the grid; without one all are in one."""
     prompts = _prompts(config)
     _check_out(config.out)
     cells = [config] if config.grid is None else grids.cells(config, grids.axes(config.grid))
@@ -130,7 +136,7 @@ def _read(config: GenerateConfig, folder: Path | None) -> tuple[Spec, tuple[Lora
     if config.show:
         terminal.check()
     spec = read_spec(config.model, folder)
-    loras = read_loras(spec, config.loras)
+    loras, embeddings = read_loras(spec, config.loras), read_embeddings(spec, config.embeddings)
     if config.best_of is not None:
         ranking.check(spec, config.n, config.best_of)
     if config.preview is not None and not spec.own_loop:
@@ -145,6 +151,8 @@ def _read(config: GenerateConfig, folder: Path | None) -> tuple[Spec, tuple[Lora
             guidance=cell.guidance,
             negative=cell.negative,
             size=cell.size,
+            scheduler=cell.scheduler,
+            guidance_rescale=cell.guidance_rescale,
             variation=cell.variation,
             image=image,
             mask=mask,
@@ -152,7 +160,7 @@ def _read(config: GenerateConfig, folder: Path | None) -> tuple[Spec, tuple[Lora
         )
         for cell in cells
     ]
-    return spec, loras, jobs
+    return spec, loras, embeddings, jobs
 
 
 def _prompts(config: GenerateConfig) -> Sequence[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from limner.config import ReplayConfig
 from limner.errors import DataError
 from limner.generation import files, provenance, sources
-from limner.generation.jobs import Job, Spec, make_jobs, read_loras, read_spec
+from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec
 
 
 def run(config: ReplayConfig) -> int:
@@ -21,10 +21,10 @@ def run(config: ReplayConfig) -> int:
 
     image, kind, text = files.read(config.image)
     record = provenance.parsed(config.image, text)
-    spec, loras, job = _read(config, record)
+    spec, added, job = _read(config, record)
     from limner.generation.model import Model
 
-    picture = next(Model(spec, config.device, loras).draw([job]))
+    picture = next(Model(spec, config.device, *added).draw([job]))
     again = picture.image if kind == "png" else files.reencoded(picture.image, kind, record["quality"])
     differences = provenance.differences(record, picture.record)
     one, other = (np.asarray(each.convert("RGB")).astype(int) for each in (image, again))
@@ -60,13 +60,14 @@ def plan(config: ReplayConfig) -> dict[str, Any]:
 
 
 def _read(config: ReplayConfig, record: dict[str, Any]) -> tuple[Spec, tuple[Any, ...], Job]:
-    """The model, its LoRAs and the job of a record. Raises DataError where it is not one that Limner wrote."""
+    """The model, the LoRAs and textual inversions added to it, and the job of a record. Raises DataError where it is not one that Limner wrote."""
     try:
-        ref, added = record["model"]["ref"], record["model"]["loras"]
-        loras = [f"{lora['ref']}:{lora['weight']!r}" for lora in added]
+        model = record["model"]
+        loras = [f"{lora['ref']}:{lora['weight']!r}" for lora in model["loras"]]
+        embeddings = [f"{added['ref']}:{added['token']}" for added in model.get("embeddings", [])]
         image, mask = record.get("image"), record.get("mask")
         variation = record.get("variation") and "{seed}:{strength!r}".format(**record["variation"])
-        spec = read_spec(config.model or ref)
+        spec = read_spec(config.model or model["ref"])
         [job] = make_jobs(
             spec,
             [record["prompt"]],
@@ -75,11 +76,13 @@ def _read(config: ReplayConfig, record: dict[str, Any]) -> tuple[Spec, tuple[Any
             guidance=record["guidance"],
             negative=record["negative"],
             size=f"{record['width']}x{record['height']}",
+            scheduler=record.get("scheduler"),
+            guidance_rescale=record.get("guidance_rescale", 0.0),
             variation=variation,
             image=image and sources.read_picture(Path(image["file"])),
             mask=mask and sources.read_mask(Path(mask["file"])),
             strength=record.get("strength"),
         )
-        return spec, read_loras(spec, loras), job
+        return spec, (read_loras(spec, loras), read_embeddings(spec, embeddings)), job
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"The record in {config.image} can't be used ({error}); another program changed it.") from None

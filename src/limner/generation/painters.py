@@ -85,7 +85,7 @@ class LatentDiffusion:
                     images = self._draw(batch, on_step, on_preview)
                 yield from images
 
-    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None) -> list[Image]:
+    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None = None) -> list[Image]:
         """Pictures of jobs of one shape."""
         first = jobs[0]
         assert first.steps is not None

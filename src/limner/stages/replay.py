@@ -60,7 +60,10 @@ def plan(config: ReplayConfig) -> dict[str, Any]:
 
 
 def _read(config: ReplayConfig, record: dict[str, Any]) -> tuple[Spec, tuple[Any, ...], Job]:
-    """The model, the LoRAs and textual inversions added to it, and the job of a record. Raises DataError where it is not one that Limner wrote."""
+    """The model, the LoRAs and textual inversions added to it, and the job of a record.
+
+    Raises DataError where it is not one that Limner wrote.
+    """
     try:
         model = record["model"]
         loras = [f"{lora['ref']}:{lora['weight']!r}" for lora in model["loras"]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,6 +156,22 @@ def test_a_preview_is_there_while_the_picture_is_drawn(folder: Path, capfd: pyte
     with Image.open("now.png") as preview, Image.open(paths[0]) as picture:
         assert preview.size == picture.size
     assert sorted(path.name for path in Path().iterdir()) == ["mask.png", "now.png", "photo.png", "pictures"]
+
+
+def test_pictures_are_shown_in_a_terminal(folder: Path) -> None:
+    pytest.importorskip("textual_image")
+    termios = pytest.importorskip("termios")
+    shown, inner = os.openpty()
+    termios.tcsetwinsize(inner, (40, 80))
+    script = "from limner.cli import main; main()"
+    command = [sys.executable, "-c", script, "generate", "A dog.", "--model", str(folder), "--show"]
+    done = subprocess.run(command, stdin=inner, stdout=inner, stderr=subprocess.PIPE, check=False, timeout=300)
+    text = os.read(shown, 1_000_000).decode()
+    os.close(inner)
+    os.close(shown)
+    assert done.returncode == 0, done.stderr
+    assert "pictures/a-dog-0.png" in text
+    assert "▀" in text
 
 
 # ---- drawn again

@@ -189,14 +189,19 @@ def test_another_pipeline_draws_through_diffusers(other: Path, capfd: pytest.Cap
     assert len(record["model"]["weights"]) == 3
 
 
-def test_another_pipeline_takes_schedulers_and_alternatives(other: Path) -> None:
-    model = Model.load(str(other), "cpu")
-    plain = model("A (brown) dog.", steps=3).pictures[0]
-    drawn = model("A (brown) {dog|dog}.", steps=3, scheduler="ddim").pictures[0]
+def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
+    model = Model.load(str(folder), "cpu")
+    plain = model("A (brown) dog.", steps=3, size=16).pictures[0]
+    drawn = model("A (brown) {dog|dog}.", steps=3, size=16, scheduler="euler").pictures[0]
     assert not same(plain.image, drawn.image)
     assert drawn.record["prompt"] == plain.record["prompt"] == "A (brown) dog."
-    assert drawn.record["model"]["scheduler"]["_class_name"] == "DDIMScheduler"
-    assert same(plain.image, model("A (brown) dog.", steps=3).images[0]), "the next has the model's own again"
+    assert drawn.record["model"]["scheduler"]["_class_name"] == "EulerDiscreteScheduler"
+    assert same(plain.image, model("A (brown) dog.", steps=3, size=16).images[0]), "the model's own scheduler again"
+    with pytest.raises(ConfigError, match="There is no scheduler 'x'"):
+        model("A dog.", scheduler="x")
 
 
 def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
@@ -212,8 +217,8 @@ def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
     for prompt in ("A (dog:1.3).", "A dog BREAK a cat"):
         with pytest.raises(ConfigError, match="reads prompts as they are; leave weights"):
             model(prompt)
-    with pytest.raises(ConfigError, match="There is no scheduler 'x'"):
-        model("A dog.", scheduler="x")
+    with pytest.raises(ConfigError, match="draws with its own scheduler alone"):
+        model("A dog.", scheduler="euler")
 
 
 def test_a_pipeline_that_draws_without_a_prompt_is_refused(tmp_path: Path) -> None:

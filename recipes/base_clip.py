@@ -329,9 +329,7 @@ class TrainBaseClip:
         x = (left + width * across)[:, None].expand(-1, side, -1)
         y = (top + width * centres)[:, :, None].expand(-1, -1, side)
         grid = torch.stack([x, y], dim=3) * 2 - 1  # (N, side, side, 2)
-        sampled = grid_sample(
-            maps.float().permute(0, 3, 1, 2), grid, mode="bilinear", padding_mode="border", align_corners=False
-        )
+        sampled = grid_sample(maps.float().permute(0, 3, 1, 2), grid, mode="bilinear", padding_mode="border", align_corners=False)
         return sampled.flatten(2).permute(0, 2, 1)
 
     def validate(self, samples: Path) -> dict[str, float]:

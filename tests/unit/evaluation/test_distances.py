@@ -112,7 +112,9 @@ def test_the_kernel_distance_is_that_of_a_loop_over_all_pairs(n: int, m: int, se
     one, other = gaussian(n, seed).double(), gaussian(m, seed + 1).double()
 
     def mean(a: Tensor, b: Tensor) -> float:
-        kernels = [(float(x @ y) / 6 + 1) ** 3 for i, x in enumerate(a) for j, y in enumerate(b) if a is not b or i != j]
+        kernels = [
+            (float(x @ y) / 6 + 1) ** 3 for i, x in enumerate(a) for j, y in enumerate(b) if a is not b or i != j
+        ]
         return sum(kernels) / len(kernels)
 
     wanted = mean(one, one) + mean(other, other) - 2 * mean(one, other)

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 from limner.errors import LimnerError, UserError
 
 if TYPE_CHECKING:
+    from limner.config import Precision
     from limner.generation.model import Model
 
 __version__ = "0.1.0"
 __all__ = ["LimnerError", "UserError", "__version__", "load"]
 
 
-def load(model: str = "builtin", *, device: str | None = None, loras: Sequence[str] = ()) -> Model:
+def load(
+    model: str = "builtin",
+    *,
+    device: str | None = None,
+    loras: Sequence[str] = (),
+    precision: Precision = "auto",
+    low_memory: bool = False,
+) -> Model:
     """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id, with LoRAs, each FILE or FILE:WEIGHT.
 
     >>> limner.load("builtin")("A dog on a beach.", seed=7).save("pictures")
@@ -23,4 +31,4 @@ def load(model: str = "builtin", *, device: str | None = None, loras: Sequence[s
     """
     from limner.generation.model import Model
 
-    return Model.load(model, device, loras)
+    return Model.load(model, device, loras, precision, low_memory)

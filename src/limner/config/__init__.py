@@ -4,7 +4,7 @@ A new knob goes here, not into a flag. `settings.py` puts a configuration togeth
 """
 
 from limner.config.base import Argument, Flag, StageConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, GenerateConfig, PrepareConfig
+from limner.config.stages import AssembleConfig, EncodeConfig, GenerateConfig, Precision, PrepareConfig
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -20,6 +20,7 @@ __all__ = [
     "EncodeConfig",
     "Flag",
     "GenerateConfig",
+    "Precision",
     "PrepareConfig",
     "StageConfig",
     "TrainClipConfig",

@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from limner.config.base import FLAG, Argument, Flag, StageConfig
 
+Precision = Literal["auto", "fp32", "bf16"]
+
 
 class PrepareConfig(StageConfig):
     """From a source archive or folder to a dataset folder."""
@@ -137,5 +139,9 @@ class GenerateConfig(StageConfig):
     """Folder for the pictures."""
     device: Annotated[str | None, FLAG] = None
     """`cpu` or `cuda`; the GPU when there is one."""
+    precision: Annotated[Precision, FLAG] = "auto"
+    """Arithmetic: fp32, bf16, or auto, which is bf16 where the processor or GPU is faster in it."""
+    low_memory: Annotated[bool, FLAG] = False
+    """Keep only that network in memory which is in use, in bf16, and decode pictures above 512 pixels in tiles."""
     batch_size: PositiveInt = 8
     """Pictures drawn at once; changes speed and memory, not the pictures."""

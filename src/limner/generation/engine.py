@@ -72,7 +72,8 @@ def denoise(
     latents (N, C, h, w), states and negative_states (N, L, D) -> (N, C, h, w). At guidance 1, and where the U-Net
     takes the scale as an input, the negative states are not needed and each step is one pass; otherwise both passes
     share a batch. Schedulers that add noise of their own draw it from `generators`, one an image, or from torch's
-    global generator without them. `scheduler` is left as it was. Raises ConfigError where the scheduler can't take
+    global generator without them. The U-Net computes in the states' precision, the scheduler in the latents'.
+    `scheduler` is left as it was. Raises ConfigError where the scheduler can't take
     that many steps.
     """
     scheduler = copy.deepcopy(scheduler)
@@ -83,7 +84,7 @@ def denoise(
     embedding, folded = None, is_folded(unet)
     if folded:
         width = unet.config["time_cond_proj_dim"]
-        embedding = guidance_embedding(torch.tensor([guidance]), width).to(latents)  # (1, width)
+        embedding = guidance_embedding(torch.tensor([guidance]), width).to(states)  # (1, width)
     elif guidance > 1:
         assert negative_states is not None, "guidance needs negative states"
         states = torch.cat([negative_states, states])  # (2N, L, D)
@@ -92,12 +93,12 @@ def denoise(
 
     latents = latents * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
-        given = scheduler.scale_model_input(latents, t)  # (N, C, h, w)
+        given = scheduler.scale_model_input(latents, t).to(states)  # (N, C, h, w)
         if folded or guidance <= 1:
             predicted = unet(given, t, encoder_hidden_states=states, timestep_cond=embedding, return_dict=False)[0]
         else:
             predicted = guided(unet, given, t, states, guidance)
-        latents = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
+        latents = scheduler.step(predicted.to(latents), t, latents, **extra, return_dict=False)[0]
         if on_step is not None:  # some schedulers have more timesteps than steps
             of = len(scheduler.timesteps)
             on_step(steps * (i + 1) // of - steps * i // of)

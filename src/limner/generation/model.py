@@ -15,7 +15,7 @@ import torch
 
 from limner import artifacts
 from limner.errors import ConfigError
-from limner.generation import painters, provenance
+from limner.generation import painters, provenance, setup
 from limner.generation.engine import OnStep
 from limner.generation.jobs import Job, Spec, make_jobs, read_loras, read_spec
 from limner.models import lora
@@ -23,6 +23,8 @@ from limner.models.lora import Lora
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from limner.config import Precision
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,46 @@ class Pictures:
 class Model:
     """A text-to-image model on a device."""
 
-    def __init__(self, spec: Spec, device: str | None = None, loras: Sequence[Lora] = ()) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        device: str | None = None,
+        loras: Sequence[Lora] = (),
+        precision: Precision = "auto",
+        low_memory: bool = False,
+    ) -> None:
         """Load what `spec` describes, and add LoRAs to it.
 
         Raises ModelError, also where a LoRA doesn't fit, or ConfigError for a device that is not there.
         """
         self.spec = spec
         self.device = choose_device(device)
+        self.setup = setup.choose(self.device, precision, low_memory)
         self.loras = loras
-        self.painter = painters.new(spec, self.device)
-        if loras:
-            assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_loras` makes sure
-            lora.fuse(loras, {"unet": self.painter.unet, "text_encoder": self.painter.text_encoder})
+        self.painter = painters.new(spec, self.setup, self._alter)
 
     @classmethod
-    def load(cls, ref: str, device: str | None = None, loras: Sequence[str] = ()) -> Self:
+    def load(
+        cls,
+        ref: str,
+        device: str | None = None,
+        loras: Sequence[str] = (),
+        precision: Precision = "auto",
+        low_memory: bool = False,
+    ) -> Self:
         """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one; add LoRAs, each FILE or
         FILE:WEIGHT.
 
-        Raises as `Model` does, and where a LoRA can't be read.
+        precision is "fp32", "bf16", or "auto", which is bf16 where the device computes faster in it. low_memory keeps
+        only that network in memory which is in use. Raises as `Model` does, and where a LoRA can't be read.
         """
         spec = read_spec(ref)
-        return cls(spec, device, read_loras(spec, loras))
+        return cls(spec, device, read_loras(spec, loras), precision, low_memory)
+
+    def _alter(self, name: str, network: Any) -> None:
+        """Add to a network what is asked for beside the model itself."""
+        if self.loras and name in lora.ALTERED:
+            lora.fuse(self.loras, {name: network})
 
     def __call__(
         self,
@@ -152,7 +172,13 @@ class Model:
     def device_facts(self) -> dict[str, Any]:
         """The device for a picture's record."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        return {"type": self.device.type, "name": name, "threads": torch.get_num_threads()}
+        return {
+            "type": self.device.type,
+            "name": name,
+            "threads": torch.get_num_threads(),
+            "precision": self.setup.precision,
+            "low_memory": self.setup.low_memory,
+        }
 
 
 def choose_device(name: str | None) -> torch.device:

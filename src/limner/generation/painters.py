@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -16,11 +17,18 @@ from limner.diffusion.guidance import is_folded
 from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
 from limner.generation.engine import OnStep, draw, encode_prompts, to_images
-from limner.generation.jobs import GUIDANCE, STEPS, Job, Spec
+from limner.generation.jobs import GUIDANCE, STABLE_DIFFUSION, STEPS, Job, Spec
+from limner.generation.setup import OneAtATime, Setup
 from limner.models import hub, loading
+from limner.models import vae as vaes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+PROMPTS_KEPT = 64  # whose token states are not computed again: half a megabyte each for Stable Diffusion
+
+Alter = Callable[[str, Any], None]
+"""Called with the name of a network and the network, which it may add to."""
 
 
 class Painter(Protocol):
@@ -38,21 +46,39 @@ class Painter(Protocol):
 class LatentDiffusion:
     """A CLIP text encoder, a U-Net and a VAE: Stable Diffusion 1 and 2, and what Limner trains."""
 
-    def __init__(self, spec: Spec, device: torch.device) -> None:
-        """Load from a model folder. Raises ModelError."""
-        ref = str(spec.folder)
-        encoder, self.tokenizer = loading.load_text_encoder(ref)
-        self.text_encoder = encoder.to(device)
-        self.unet = loading.load_unet(ref).to(device)
-        self.vae = loading.load_vae(ref).to(device)
-        self.scheduler = loading.load_scheduler(ref)
+    text_encoder: Any
+    unet: Any
+    vae: Any
+
+    def __init__(self, spec: Spec, setup: Setup, alter: Alter) -> None:
+        """Load from a model folder. Raises ModelError, and as `alter` does."""
+        self.ref, self.device, self.dtype, self.alter = str(spec.folder), setup.device, setup.dtype, alter
+        one_at_a_time = OneAtATime() if setup.low_memory else None
+        for name in STABLE_DIFFUSION:
+            network = self._read(name)
+            setattr(self, name, network)
+            if one_at_a_time is not None:
+                one_at_a_time.keep(network, functools.partial(self._read, name))
+        self.scheduler = loading.load_scheduler(self.ref)
         self.factor = spec.factor
-        self.device = device
+        self._encode = functools.lru_cache(PROMPTS_KEPT)(self._encode_anew)
+        if setup.low_memory:
+            vaes.decode_in_tiles(self.vae)
         if not hasattr(self.scheduler, "init_noise_sigma"):  # Diffusers' own pipeline fails on these too
             raise ModelError(f"The {type(self.scheduler).__name__} of {spec.ref} is not for a StableDiffusionPipeline.")
         # Diffusers' StableDiffusionPipeline overrides these two settings of any scheduler that has them.
         overridden = {"steps_offset": 1, "clip_sample": False}
         self.scheduler.register_to_config(**{k: v for k, v in overridden.items() if k in self.scheduler.config})
+
+    def _read(self, name: str) -> Any:
+        """One of the networks, on the device, with what is added to it."""
+        if name == "text_encoder":
+            network, self.tokenizer = loading.load_text_encoder(self.ref, self.dtype)
+        else:
+            network = {"unet": loading.load_unet, "vae": loading.load_vae}[name](self.ref, self.dtype)
+        network = network.to(self.device)
+        self.alter(name, network)
+        return network
 
     def settle(self, job: Job) -> Job:
         """The job as it is: the model's files name all settings, and any prompt fits, cut into pieces."""
@@ -97,11 +123,11 @@ class LatentDiffusion:
     def _states(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None]:
         """Token states of prompts and negative prompts; each pair is encoded alone, so no other changes its bits."""
         if not self._two_passes(jobs[0]):
-            return torch.cat([self._encode([job.prompt]) for job in jobs]), None
-        pairs = torch.stack([self._encode([job.negative, job.prompt]) for job in jobs])  # (N, 2, L, D)
+            return torch.cat([self._encode(job.prompt) for job in jobs]), None
+        pairs = torch.stack([self._encode(job.negative, job.prompt) for job in jobs])  # (N, 2, L, D)
         return pairs[:, 1], pairs[:, 0]
 
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
+    def _encode_anew(self, *prompts: str) -> Tensor:
         return encode_prompts(self.text_encoder, self.tokenizer, prompts)
 
     def _two_passes(self, job: Job) -> bool:
@@ -123,7 +149,7 @@ class LatentDiffusion:
 class Pipeline:
     """Any other text-to-image pipeline of Diffusers, called as it is, one picture at a time."""
 
-    def __init__(self, spec: Spec, device: torch.device) -> None:
+    def __init__(self, spec: Spec, setup: Setup) -> None:
         """Load from a model folder. Raises ModelError."""
         index = loading.pipeline_index(spec.folder)
         left_out: dict[str, Any] = {name: None for name in hub.NOT_LOADED if name in index}
@@ -132,12 +158,16 @@ class Pipeline:
 
             self.pipeline = DiffusionPipeline.from_pretrained(
                 spec.folder,
-                dtype=torch.float32,
+                dtype=setup.dtype,
                 variant=loading.variant(file.name for part in spec.parts for file in (spec.folder / part).glob("*")),
                 use_safetensors=True,
                 local_files_only=True,
                 **left_out,
-            ).to(device)
+            )
+            if setup.low_memory and setup.device.type == "cuda":
+                self.pipeline.enable_model_cpu_offload(device=setup.device)
+            else:
+                self.pipeline.to(setup.device)
             self.scheduler = self.pipeline.scheduler
         self.pipeline.set_progress_bar_config(disable=True)
         self.name = spec.pipeline
@@ -211,6 +241,6 @@ def _enough_memory(jobs: Sequence[Job]) -> Iterator[None]:
         raise ConfigError(f"The memory is too small for {what}; choose a smaller --size or batch_size.") from None
 
 
-def new(spec: Spec, device: torch.device) -> Painter:
-    """The painter for a model. Raises ModelError."""
-    return LatentDiffusion(spec, device) if spec.own_loop else Pipeline(spec, device)
+def new(spec: Spec, setup: Setup, alter: Alter) -> Painter:
+    """The painter for a model; `alter` adds to networks of ours as soon as they are read. Raises ModelError."""
+    return LatentDiffusion(spec, setup, alter) if spec.own_loop else Pipeline(spec, setup)

@@ -27,7 +27,7 @@ def run(config: GenerateConfig) -> None:
     from limner.generation.model import Model
     from limner.progress import progress
 
-    model = Model(spec, config.device, loras)
+    model = Model(spec, config.device, loras, config.precision, config.low_memory)
     jobs = model.settle(jobs)
     with progress("Drawing", sum(job.steps or 0 for job in jobs)) as advance:
         for picture in model.draw(jobs, batch_size=config.batch_size, on_step=advance):

@@ -3,7 +3,15 @@
 A new knob goes here, not into a flag. `settings.py` puts a configuration together.
 """
 
-from limner.config.base import Argument, Flag, StageConfig
+from limner.config.base import Argument, CommandConfig, Flag, StageConfig
+from limner.config.machine import (
+    BenchConfig,
+    DoctorConfig,
+    ExportConfig,
+    ListModelsConfig,
+    PullModelConfig,
+    ShowModelConfig,
+)
 from limner.config.stages import AssembleConfig, EncodeConfig, GenerateConfig, Precision, PrepareConfig
 from limner.config.training import (
     TrainClipConfig,
@@ -17,11 +25,18 @@ from limner.config.training import (
 __all__ = [
     "Argument",
     "AssembleConfig",
+    "BenchConfig",
+    "CommandConfig",
+    "DoctorConfig",
     "EncodeConfig",
+    "ExportConfig",
     "Flag",
     "GenerateConfig",
+    "ListModelsConfig",
     "Precision",
     "PrepareConfig",
+    "PullModelConfig",
+    "ShowModelConfig",
     "StageConfig",
     "TrainClipConfig",
     "TrainConfig",

@@ -30,17 +30,15 @@ def run(config: BenchConfig, score: Score | None = None) -> Path:
     spec = read_spec(config.model)
     axis = "score" if score is not None else "cosine of prompt and picture in the model's own CLIP"
     judge = score or _own_clip(spec)
-    rows = []
-    for row in measure(config, spec, judge):
-        rows.append(row)
-        print(
-            f"{row['precision']} {row['scheduler']} {row['steps']} steps: {row['seconds']:.3f} s a picture, "
-            f"score {row['score']:.4f}",
-            flush=True,
-        )
+    from limner.evaluation import plots
+
+    rows = measure(config, spec, judge)
+    for row in rows:
+        what = f"{row['precision']}, {row['scheduler']}, {row['steps']} steps"
+        print(f"{what}: {row['seconds']:.3f} s a picture, score {row['score']:.4f}")
     facts = {"model": spec.ref, "score": axis, "prompts": config.prompts, "hardware": artifacts.hardware()}
     artifacts.write_json(config.out / "bench.json", {**facts, "rows": rows})
-    plot(rows, axis, config.out / "bench.png")
+    plots.plot_bench(rows, axis, config.out / "bench.png")
     return config.out
 
 
@@ -97,37 +95,17 @@ def _own_clip(spec: Spec) -> Score:
         raise ModelError(f"{spec.ref} has no clip folder to judge its pictures with; choose a model with one.")
     import torch
 
+    from limner.data.pictures import centre_box, to_pixels
     from limner.models import loading
 
     clip = loading.load_clip(str(spec.folder))
 
     @torch.no_grad()
     def score(pictures: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        images, text = clip.image_features(clip.to_input(pictures)), clip.text_features(clip.tokenize(prompts))
+        size = (clip.size, clip.size)
+        pixels = torch.stack([to_pixels(picture, centre_box(picture, size), size) for picture in pictures])
+        images, text = clip.image_features(pixels), clip.text_features(clip.tokenize(prompts))  # (N, E) each
         cosines: list[float] = (images * text).sum(dim=1).tolist()  # (N,)
         return cosines
 
     return score
-
-
-def plot(rows: Sequence[dict[str, Any]], axis: str, path: Path) -> None:
-    """Seconds across, score up, a line for each precision and scheduler, a point for each number of steps."""
-    from limner.evaluation.plots import new_figure
-
-    figure, axes = new_figure()
-    lines = sorted({(row["precision"], row["scheduler"]) for row in rows})
-    for precision, scheduler in lines:
-        own = [row for row in rows if (row["precision"], row["scheduler"]) == (precision, scheduler)]
-        own.sort(key=lambda row: row["seconds"])
-        axes.plot(
-            [row["seconds"] for row in own],
-            [row["score"] for row in own],
-            "o-",
-            label=f"{precision}, {scheduler}",
-        )
-        for row in own:
-            axes.annotate(str(row["steps"]), (row["seconds"], row["score"]), xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel="seconds a picture; beside each point the steps", ylabel=axis)
-    axes.legend()
-    with artifacts.atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)

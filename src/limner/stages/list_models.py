@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from limner.config import ListModelsConfig
 from limner.errors import ConfigError, ModelError
@@ -15,7 +16,7 @@ def run(config: ListModelsConfig) -> None:
     from limner.generation import catalogue
 
     there, where = catalogue.free_memory()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for ref, found in catalogue.look_around(config.folder):
         if isinstance(found, ModelError):
             rows.append({"model": ref, "error": str(found)})
@@ -45,10 +46,8 @@ def run(config: ListModelsConfig) -> None:
             print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip())
 
 
-def _cells(row: dict[str, object]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if "error" in row:
-        return str(row["model"]), f"can't be used: {row['error']}"
-    parameters, size = (int(str(row[name])) for name in ("parameters", "bytes"))
-    names = ("model", "class", "pixels", "licence", "fits")
-    model, kind, pixels, licence, fits = (str(row[name]) for name in names)
-    return model, kind, f"{parameters / 1e6:,.1f} M", f"{size / 1e6:,.0f} MB", pixels, licence, fits
+        return row["model"], f"can't be used: {row['error']}"
+    parameters, size = f"{row['parameters'] / 1e6:,.1f} M", f"{row['bytes'] / 1e6:,.0f} MB"
+    return row["model"], row["class"], parameters, size, row["pixels"], row["licence"], row["fits"]

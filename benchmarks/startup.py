@@ -47,7 +47,7 @@ def generate() -> float:
 
 def first_step() -> float:
     """Wall time from an empty process to the end of the built-in model's first denoising step."""
-    script = "import limner; limner.load()(%r, seed=7, on_step=lambda _: __import__('os')._exit(0))" % PROMPT
+    script = f"import limner, os; limner.load()({PROMPT!r}, seed=7, on_step=lambda _: os._exit(0))"
     return seconds([sys.executable, "-c", script])
 
 

@@ -62,7 +62,7 @@ def measure(repeats: int) -> dict[str, float | None]:
     ):
         if name in ("first_step", "first_picture") and not BUILTIN.exists():
             print(
-                f"{name.replace('_', ' '):<15} not measured: the built-in model is missing; make it with recipes/builtin"
+                f"{name.replace('_', ' '):<15} not measured: no built-in model; make it with recipes/builtin"
             )
             figures[name] = None
             continue

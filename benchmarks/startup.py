@@ -61,9 +61,7 @@ def measure(repeats: int) -> dict[str, float | None]:
         ("first_picture", generate),
     ):
         if name in ("first_step", "first_picture") and not BUILTIN.exists():
-            print(
-                f"{name.replace('_', ' '):<15} not measured: no built-in model; make it with recipes/builtin"
-            )
+            print(f"{name.replace('_', ' '):<15} not measured: no built-in model; make it with recipes/builtin")
             figures[name] = None
             continue
         times = sorted(take() for _ in range(repeats))

@@ -196,7 +196,7 @@ def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> N
     folder = tiny_model(tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
-    model = Model.load(str(folder), "cpu")
+    model = Model.load(str(folder), "cpu", precision="fp32")
     plain = model("A (brown) dog.", steps=3, size=16).pictures[0]
     drawn = model("A (brown) {dog|dog}.", steps=3, size=16, scheduler="euler").pictures[0]
     assert not same(plain.image, drawn.image)
@@ -208,7 +208,7 @@ def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> N
 
 
 def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
-    model = Model.load(str(other), "cpu")
+    model = Model.load(str(other), "cpu", precision="fp32")
     with pytest.raises(ConfigError, match="no negative setting"):
         model("A dog.", negative="snow")
     with pytest.raises(ConfigError, match="longer than LatentConsistencyModelPipeline reads"):

@@ -64,7 +64,7 @@ class LatentDiffusion:
                 one_at_a_time.keep(network, functools.partial(self._read, name))
         self.scheduler = loading.load_scheduler(self.ref)
         self.factor = spec.factor
-        self._encode = functools.lru_cache(PROMPTS_KEPT)(self._encode_anew)
+        self._kept = functools.lru_cache(PROMPTS_KEPT)(self._encode_anew)
         if setup.low_memory:
             vaes.decode_in_tiles(self.vae)
         if not hasattr(self.scheduler, "init_noise_sigma"):  # Diffusers' own pipeline fails on these too
@@ -125,9 +125,12 @@ class LatentDiffusion:
     def _states(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None]:
         """Token states of prompts and negative prompts; each pair is encoded alone, so no other changes its bits."""
         if not self._two_passes(jobs[0]):
-            return torch.cat([self._encode(job.prompt) for job in jobs]), None
-        pairs = torch.stack([self._encode(job.negative, job.prompt) for job in jobs])  # (N, 2, L, D)
+            return torch.cat([self._encode([job.prompt]) for job in jobs]), None
+        pairs = torch.stack([self._encode([job.negative, job.prompt]) for job in jobs])  # (N, 2, L, D)
         return pairs[:, 1], pairs[:, 0]
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        return self._kept(*prompts)
 
     def _encode_anew(self, *prompts: str) -> Tensor:
         return encode_weighted(self.text_encoder, self.tokenizer, prompts)

@@ -3,8 +3,24 @@
 A new knob goes here, not into a flag. `settings.py` puts a configuration together.
 """
 
-from limner.config.base import Argument, Flag, StageConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, Format, GenerateConfig, PrepareConfig, ReplayConfig
+from limner.config.base import Argument, CommandConfig, Flag, StageConfig
+from limner.config.machine import (
+    BenchConfig,
+    DoctorConfig,
+    ExportConfig,
+    ListModelsConfig,
+    PullModelConfig,
+    ShowModelConfig,
+)
+from limner.config.stages import (
+    AssembleConfig,
+    EncodeConfig,
+    Format,
+    GenerateConfig,
+    Precision,
+    PrepareConfig,
+    ReplayConfig,
+)
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -17,12 +33,20 @@ from limner.config.training import (
 __all__ = [
     "Argument",
     "AssembleConfig",
+    "BenchConfig",
+    "CommandConfig",
+    "DoctorConfig",
     "EncodeConfig",
+    "ExportConfig",
     "Flag",
     "Format",
     "GenerateConfig",
+    "ListModelsConfig",
+    "Precision",
     "PrepareConfig",
+    "PullModelConfig",
     "ReplayConfig",
+    "ShowModelConfig",
     "StageConfig",
     "TrainClipConfig",
     "TrainConfig",

@@ -4,7 +4,7 @@ A new knob goes here, not into a flag. `settings.py` puts a configuration togeth
 """
 
 from limner.config.base import Argument, Flag, StageConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, GenerateConfig, PrepareConfig
+from limner.config.stages import AssembleConfig, EncodeConfig, EvaluateConfig, GenerateConfig, PrepareConfig
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -18,6 +18,7 @@ __all__ = [
     "Argument",
     "AssembleConfig",
     "EncodeConfig",
+    "EvaluateConfig",
     "Flag",
     "GenerateConfig",
     "PrepareConfig",

@@ -63,23 +63,28 @@ def _quoted(value: str) -> str:
 
 
 def save(image: Image, record: dict[str, Any], folder: Path) -> Path:
-    """Write the picture as a PNG into `folder`, whole or not at all, under a name that no file has; return the path.
+    """Write the picture as a PNG into `folder`, under a name that no file has; return the path.
 
     Raises OSError as the writing does.
     """
+    path = _claim(folder, f"{slug(record['prompt'])}-{record['seed']}")
+    try:
+        write(image, record, path)
+    except BaseException:
+        path.unlink()
+        raise
+    return path
+
+
+def write(image: Image, record: dict[str, Any], path: Path) -> None:
+    """Write the picture as the PNG `path`, whole or not at all. Raises OSError as the writing does."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text(PARAMETERS, parameters(record))
     info.add_text(RECORD, json.dumps(record))
-    path = _claim(folder, f"{_slug(record['prompt'])}-{record['seed']}")
-    try:
-        with atomic_file(path) as partial:
-            image.save(partial, "PNG", pnginfo=info)
-    except BaseException:
-        path.unlink()
-        raise
-    return path
+    with atomic_file(path) as partial:
+        image.save(partial, "PNG", pnginfo=info)
 
 
 def _claim(folder: Path, stem: str) -> Path:
@@ -96,7 +101,7 @@ def _claim(folder: Path, stem: str) -> Path:
             return path
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
     """`A dog, on a beach.` -> `a-dog-on-a-beach`; letters and digits of any script are kept."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt.lower()))
     slug = "-".join(words).encode()[:NAME_BYTES].decode(errors="ignore").strip("-")

@@ -178,8 +178,12 @@ class EvaluateConfig(StageConfig):
     """What `x` counts."""
     allow_conditioning_judge: bool = False
     """Let a model be judged by the CLIP that it reads its prompts with; the report marks it, as it flatters."""
-    resamples: Annotated[int, Field(ge=100)] = 1000
-    """Bootstrap resamples behind each interval."""
+    copies: bool = True
+    """Look for the nearest training photographs, for which all of them must be seen once."""
+    attribute_seeds: int = Field(default=4, ge=0)
+    """Pictures of each prompt of the prompt-sensitivity test; 0 leaves it out."""
+    cache: Path | None = None
+    """Folder for what networks see in pictures, to be shared by evaluations; `features` within --out when left out."""
     batch_size: PositiveInt = 16
     """Pictures drawn or looked at at once; changes speed and memory, not the figures."""
     threads: PositiveInt | None = None

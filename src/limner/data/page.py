@@ -32,3 +32,8 @@ def thumbnail(file: Path, side: int = THUMBNAIL) -> str:
     buffer = BytesIO()
     small.save(buffer, "JPEG", quality=72)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def inline(file: Path) -> str:
+    """A PNG as it is, as a data URL. Raises OSError."""
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from browser import opened
 from commands import limner
 from limner.models.clip import HALF, Clip
 from stages.conftest import prepared
@@ -156,9 +158,48 @@ def test_a_sweep_of_steps_is_one_contender_each_and_a_plot(folder: Path, dataset
     steps = ["--steps", 1, "--steps", 3, "--device", "cpu", "--split", "val", "-n", 4]
     sets = ["--set", "attribute_seeds=0", "--set", "copies=false"]
     assert limner("evaluate", models[0], "--data", dataset, "--out", out, *steps, *sets) == 0
-    assert [row["label"] for row in metrics(out)["contenders"]] == ["one, 1 steps", "one, 3 steps"]
+    assert [row["label"] for row in metrics(out)["contenders"]] == ["one, 1 step", "one, 3 steps"]
     assert [file.name for file in out.glob("sweep-*.png")] == ["sweep-steps.png"]
     assert metrics(out)["left_out"][0].startswith("There is no judge")
+
+
+# ---- the page
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1440, False)])
+def test_the_page_reads_well_in_a_browser(evaluated: Path, width: int, dark: bool) -> None:
+    with opened(evaluated / "report.html", width=width, dark=dark) as shown:
+        assert shown.said == []
+        assert shown.missing == []
+        assert shown.too_wide == 0
+        text = shown.page.inner_text("body")
+        smallest = shown.page.evaluate(
+            "Math.min(...[...document.querySelectorAll('body *')].filter(one => one.innerText)"
+            ".map(one => parseFloat(getComputedStyle(one).fontSize)))"
+        )
+        unnamed = shown.page.evaluate("[...document.images].filter(i => !i.alt.trim()).length")
+        paper, ink = (
+            shown.page.evaluate(f"getComputedStyle(document.body).{of}") for of in ("backgroundColor", "color")
+        )
+    assert smallest >= 11
+    assert unnamed == 0
+    assert brightness(paper) > brightness(ink) + 100 if not dark else brightness(ink) > brightness(paper) + 100
+    assert text.index("A golden retriever playing in a field.") < text.index("A toddler playing in a sandbox.")
+    assert text.index("A toddler playing in a sandbox.") < text.index("At a glance")
+    assert "two, compared with one" in text
+    value = figures(metrics(evaluated)["contenders"][0])["clip_score"]["value"]
+    assert f"{value:.3g}" in text
+
+
+def brightness(colour: str) -> float:
+    """Of a colour as browsers tell it, from 0 to 255."""
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+
+
+def test_the_page_needs_nothing_from_elsewhere(evaluated: Path) -> None:
+    html = (evaluated / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
+    assert "<script" not in html
 
 
 # ---- folders of pictures

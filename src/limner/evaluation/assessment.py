@@ -15,7 +15,7 @@ from limner.evaluation import scores
 from limner.evaluation.contenders import Contender
 from limner.evaluation.copies import Copies, Nearest
 from limner.evaluation.extractors import Extractor, features_of
-from limner.evaluation.intervals import Difference, mean_interval
+from limner.evaluation.intervals import Difference
 from limner.evaluation.scores import Figures, Seen, Training
 from limner.evaluation.yardstick import Thumbnails, Yardstick
 
@@ -114,7 +114,7 @@ class Assessment:
         figures = {}
         for name, (extractor, training) in self.ways.items():
             found, near = training.judge(extractor, paths, **self.how)
-            figures[name] = mean_interval(found.flagged.double())
+            figures[name] = scores.share(found.flagged.double())
             result.pairs[name] = _pairs(paths, training.paths, found, near)
         return figures
 

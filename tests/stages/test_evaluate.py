@@ -63,8 +63,13 @@ def models(folder: Path) -> list[Path]:
 def evaluated(folder: Path, dataset: Path, judge: Path, models: list[Path]) -> Path:
     """Both models' evaluation."""
     out = folder / "out"
-    assert limner("evaluate", *models, "--data", dataset, "--judge", judge, "--out", out, *FAST) == 0
+    assert limner("evaluate", *models, "--data", dataset, "--judge", judge, "--out", out, *FAST, *further(models)) == 0
     return out
+
+
+def further(models: list[Path]) -> list[object]:
+    """Another network that fidelity is measured by."""
+    return ["--set", f'extractors=["clip:{saved(models[0].parent / "another", 8)}"]']
 
 
 def metrics(out: Path) -> Any:
@@ -73,8 +78,9 @@ def metrics(out: Path) -> Any:
 
 
 def figures(row: Any) -> dict[str, dict[str, float]]:
-    """Figures by name."""
-    return {name: figure for section in row["figures"].values() for name, figure in section.items()}
+    """Figures by name, those of the judge."""
+    sections = {name: section for name, section in row["figures"].items() if not name.startswith("fidelity by")}
+    return {name: figure for section in sections.values() for name, figure in section.items()}
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -94,7 +100,9 @@ def test_every_figure_has_an_interval_around_it_and_its_count(evaluated: Path) -
     count = found["data"]["captions"]
     assert count > 12
     for row in found["contenders"]:
-        assert {"alignment", "fidelity", "attributes", "copies", "vae", "cost"} == set(row["figures"])
+        (other,) = [of["name"] for of in found["extractors"]]
+        sections = {"alignment", "fidelity", f"fidelity by {other}", "attributes", "copies", "vae", "cost"}
+        assert set(row["figures"]) == sections
         for name, figure in figures(row).items():
             assert figure["low"] <= figure["value"] <= figure["high"], name
             assert figure["count"] >= 1

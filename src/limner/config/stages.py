@@ -178,6 +178,8 @@ class EvaluateConfig(StageConfig):
     """What `x` counts."""
     allow_conditioning_judge: bool = False
     """Let a model be judged by the CLIP that it reads its prompts with; the report marks it, as it flatters."""
+    extractors: tuple[str, ...] = ()
+    """Further networks by whose features fidelity is measured: clip:REF, judge:FOLDER, transformers:REF, inception."""
     copies: bool = True
     """Look for the nearest training photographs, for which all of them must be seen once."""
     attribute_seeds: int = Field(default=4, ge=0)

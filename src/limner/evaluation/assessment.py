@@ -19,6 +19,7 @@ from limner.evaluation.intervals import Difference
 from limner.evaluation.scores import Figures, Seen, Training
 from limner.evaluation.yardstick import Thumbnails, Yardstick
 
+FURTHER = "fidelity by "  # and a network's name: the section of its figures
 PAIRS = 6  # of a picture and the training photograph that it is nearest to, kept for each way of comparing
 
 
@@ -54,18 +55,21 @@ class Assessment:
         real: Sequence[Record],
         train: Sequence[Path],
         yardstick: Yardstick | None,
+        further: Sequence[Extractor] = (),
         *,
         batch_size: int,
         cache: Path,
     ) -> None:
         """See the photographs; `train` are those that pictures may be copies of, none to leave that out.
 
-        Raises DataError where one can't be read.
+        Fidelity is measured by the features of the yardstick's network, and by those of `further` ones. Raises
+        DataError where a photograph can't be read.
         """
         self.yardstick = yardstick
         self.how: dict[str, Any] = {"batch_size": batch_size, "cache": cache}
         self.photographs = Result(Contender("photographs", real, {}))
         self.real = [record.path for record in real]
+        self.further = {extractor: features_of(extractor, self.real, **self.how) for extractor in further}
         if yardstick is not None:
             self._see(self.photographs, yardstick)
         self.ways: dict[str, tuple[Extractor, Training]] = {}
@@ -73,7 +77,7 @@ class Assessment:
             extractors: dict[str, Extractor] = {scores.BY_PIXELS: Thumbnails()}
             if yardstick is not None:
                 extractors = {scores.BY_FEATURES: yardstick.extractor, **extractors}
-                self._floor(train, yardstick)
+            self._floor(train)
             self.ways = {
                 name: (extractor, Training.see(extractor, train, self.real, **self.how))
                 for name, extractor in extractors.items()
@@ -86,18 +90,24 @@ class Assessment:
         result.figures["alignment"] = scores.alignment(result.seen)
         return result.seen
 
-    def _floor(self, train: Sequence[Path], yardstick: Yardstick) -> None:
+    def _floor(self, train: Sequence[Path]) -> None:
         """What as many training photographs reach, which are real but others."""
-        features = features_of(yardstick.extractor, train, **self.how)
-        some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(self.real)]
-        seen = self.photographs.seen
-        assert seen is not None
-        self.photographs.figures["fidelity"] = self._fidelity(features[some], yardstick.embed(features[some]))
+        some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(self.real)].tolist()
+        if self.yardstick is not None:  # all of them, since these are what copies are looked for in
+            features = features_of(self.yardstick.extractor, train, **self.how)[some]
+            self.photographs.figures["fidelity"] = self._fidelity(features, self.yardstick.embed(features))
+        self.photographs.figures |= self._further([train[row] for row in some])
 
     def _fidelity(self, features: Tensor, images: Tensor) -> Figures:
         real = self.photographs.seen
         assert real is not None
         return scores.fidelity(real.features, features) | scores.cmmd(real.images, images)
+
+    def _further(self, paths: Sequence[Path]) -> dict[str, Figures]:
+        return {
+            FURTHER + extractor.name: scores.fidelity(real, features_of(extractor, paths, **self.how))
+            for extractor, real in self.further.items()
+        }
 
     def judge(self, contender: Contender) -> Result:
         """All figures of the contender's pictures. Raises DataError where the judge gets no numbers from one."""
@@ -105,6 +115,7 @@ class Assessment:
         if self.yardstick is not None:
             seen = self._see(result, self.yardstick)
             result.figures["fidelity"] = self._fidelity(seen.features, seen.images)
+        result.figures |= self._further([record.path for record in contender.records])
         if self.ways:
             result.figures["copies"] = self._copies(result)
         return result

@@ -9,7 +9,7 @@ from typing import Any
 
 from limner.artifacts import write_text
 from limner.data import page
-from limner.evaluation.assessment import Result
+from limner.evaluation.assessment import FURTHER, Result
 from limner.evaluation.kinds import GLANCE, KINDS, SECTIONS
 
 Mission = tuple[str, Sequence[tuple[str, Path]]]
@@ -62,8 +62,9 @@ def write(out: Path, metrics: Mapping[str, Any], results: Sequence[Result], miss
     Raises OSError as the writing does.
     """
     rows = list(enumerate([metrics["photographs"], *metrics["contenders"]]))
-    cards = {section: _cards(section, rows) for section in SECTIONS}
-    by_name = {card.name: card for found in cards.values() for card in found}
+    titles = {**SECTIONS, **{FURTHER + of["name"]: f"Fidelity by {of['name']}" for of in metrics["extractors"]}}
+    cards = {section: _cards(section, rows) for section in titles}
+    by_name = {card.name: card for section in SECTIONS for card in cards[section]}
     plots = {file.stem.split("-", 1)[1]: page.inline(file) for file in sorted(out.glob(SWEEPS))}
     html = page.render(
         "limner.evaluation",
@@ -71,7 +72,7 @@ def write(out: Path, metrics: Mapping[str, Any], results: Sequence[Result], miss
         metrics=metrics,
         missions=[(prompt, [Shot(_shot(file), prompt, label) for label, file in files]) for prompt, files in missions],
         glance=[by_name[name] for name in GLANCE if name in by_name],
-        sections=[(name, SECTIONS[name], found) for name, found in cards.items() if found],
+        sections=[(name, titles[name], found) for name, found in cards.items() if found],
         comparisons=[(row, _differences(row["figures"])) for row in metrics["comparisons"]],
         plots=plots,
         examples=[(result.contender.label, _examples(result)) for result in results if result.seen is not None],

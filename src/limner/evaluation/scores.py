@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -124,23 +124,28 @@ class Training:
     paths: Sequence[Path]
     features: Tensor
     """(M, D)."""
-    mirrored: Tensor
+    mirrored: Tensor | None
+    """(M, D), of the photographs mirrored; None where a mirrored picture has all but the same features."""
     real: Nearest
 
     @classmethod
-    def see(cls, extractor: Extractor, paths: Sequence[Path], real: Sequence[Path], **how: Any) -> Training:
-        """See training photographs, also mirrored, and the real test ones. Raises DataError."""
-        features, mirrored = (_direction(extractor, paths, mirrored=way, **how) for way in (False, True))
-        return cls(paths, features, mirrored, nearest([_direction(extractor, real, **how)], features, mirrored))
+    def see(cls, extractor: Extractor, paths: Sequence[Path], real: Sequence[Path], **how: Any) -> Self:
+        """See training photographs and the real test ones. Raises DataError."""
+        features = _comparable(extractor, paths, **how)
+        mirrored = None
+        if isinstance(extractor, Thumbnails):
+            mirrored = features.unflatten(1, (3, extractor.size, extractor.size)).flip(-1).flatten(1)
+        near = nearest([_comparable(extractor, real, **how)], features, mirrored)
+        return cls(paths, features, mirrored, near)
 
     def judge(self, extractor: Extractor, pictures: Sequence[Path], **how: Any) -> tuple[Copies, Nearest]:
         """Which pictures are copies, and the nearest training photograph of each. Raises DataError."""
-        found = nearest([_direction(extractor, pictures, **how)], self.features, self.mirrored)
+        found = nearest([_comparable(extractor, pictures, **how)], self.features, self.mirrored)
         return copies(found, self.real), found
 
 
-def _direction(extractor: Extractor, paths: Sequence[Path], **how: Any) -> Tensor:
-    """Features of which only the direction counts, so that a dark copy is as near as a bright one -> (N, D)."""
+def _comparable(extractor: Extractor, paths: Sequence[Path], **how: Any) -> Tensor:
+    """Pixels as they are; of a network's features only the direction (N, D), as their length tells of contrast."""
     features = features_of(extractor, paths, **how)
     return features if isinstance(extractor, Thumbnails) else normalize(features, dim=1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from limner.errors import ConfigError, ModelError
 from limner.evaluation.copies import SIDE
-from limner.evaluation.extractors import Extractor
+from limner.evaluation.extractors import FILTER, Extractor, clip_extractor
 from limner.evaluation.features import caption_features
 from limner.evaluation.judge import WEIGHTS, load_judge
 from limner.models import loading
@@ -23,33 +23,13 @@ BF16 = 2.0**-7  # what storing a weight in bf16 may change it by, as a share
 
 
 @dataclass(frozen=True)
-class ClipTower:
-    """The image tower of any CLIP as an extractor of features of unit length."""
-
-    clip: Clip
-    name: str
-    sha256: str
-    filter: str = "lanczos"
-
-    @property
-    def size(self) -> int:
-        """Side of the pictures that it reads, in pixels."""
-        return self.clip.size
-
-    @torch.no_grad()
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, size, size) in [-1, 1] -> features (N, E), on CPU."""
-        return self.clip.image_features(pixels.to(self.clip.network.device)).cpu()
-
-
-@dataclass(frozen=True)
 class Thumbnails:
     """Pictures as their own features, so small that only layout and colours are left."""
 
     name: str = f"{SIDE}x{SIDE} pixels"
     sha256: str = "none"
     size: int = SIDE
-    filter: str = "lanczos"
+    filter: str = FILTER
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, size, size) -> (N, 3 size^2)."""
@@ -79,9 +59,15 @@ class Yardstick:
             return cls(judge.name, judge.sha256, judge.photographs, _heads(judge), judge.text_features)
         clip, sha256 = loading.load_clip(ref), loading.identity(ref, "clip")
         clip.network.to("cuda" if torch.cuda.is_available() else "cpu")
-        tower = ClipTower(clip, f"CLIP of {Path(ref).name if Path(ref).is_dir() else ref}", sha256)
+        name = Path(ref).name if Path(ref).is_dir() else ref
+        tower = clip_extractor(name, clip, sha256)
         return cls(
-            tower.name, sha256, tower, lambda seen: seen, lambda texts: caption_features(clip, texts, BATCH), clip
+            f"the CLIP of {name}",
+            sha256,
+            tower,
+            lambda seen: seen,
+            lambda texts: caption_features(clip, texts, BATCH),
+            clip,
         )
 
     def conditions(self, model: str) -> bool:
@@ -100,9 +86,12 @@ class Yardstick:
 
     def facts(self) -> dict[str, Any]:
         """What must be told beside every figure, ready for JSON."""
-        seen = self.extractor
-        network = {"name": seen.name, "sha256": seen.sha256, "size": seen.size, "filter": seen.filter}
-        return {"name": self.name, "sha256": self.sha256, "network": network}
+        return {"name": self.name, "sha256": self.sha256, "network": extractor_facts(self.extractor)}
+
+
+def extractor_facts(seen: Extractor) -> dict[str, Any]:
+    """What must be told beside every figure of its features, ready for JSON."""
+    return {"name": seen.name, "sha256": seen.sha256, "size": seen.size, "filter": seen.filter}
 
 
 def _heads(judge: Any) -> Callable[[Tensor], Tensor]:

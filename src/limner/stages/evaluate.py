@@ -21,10 +21,11 @@ from limner.errors import DataError, RunError
 from limner.evaluation import attributes, drawing, parts, plots, report, scores
 from limner.evaluation.assessment import Assessment, Result
 from limner.evaluation.contenders import Contender, from_folder, labels, photographs
+from limner.evaluation.extractors import Extractor, load_extractor
 from limner.evaluation.intervals import Difference
-from limner.evaluation.kinds import GLANCE, KINDS
+from limner.evaluation.kinds import GLANCE, KINDS, SECTIONS
 from limner.evaluation.scores import Figures
-from limner.evaluation.yardstick import Yardstick, refuse_conditioning
+from limner.evaluation.yardstick import Yardstick, extractor_facts, refuse_conditioning
 from limner.generation import provenance
 from limner.generation.jobs import Job, Spec, make_jobs, read_spec
 from limner.generation.model import Model
@@ -77,11 +78,12 @@ def run(config: EvaluateConfig) -> Path:
     else:
         refs = list(dict.fromkeys(entry.spec.ref for entry in entries))
         conditioned = refuse_conditioning(yardstick, refs, allowed=config.allow_conditioning_judge)
+    further = [load_extractor(spec) for spec in config.extractors]
     _open(config)
     found: dict[str, dict[str, Figures]] = {}  # of a model's parts, which don't depend on how it draws
     extra = [_draw(config, entry, real, yardstick, found) for entry in entries]
     contenders = [_drawn(entry, real) for entry in entries] + folders
-    assessment = _assessment(config, real, yardstick)
+    assessment = _assessment(config, real, yardstick, further)
     results = []
     for number, contender in enumerate(contenders):
         for remark in contender.remarks:
@@ -216,9 +218,11 @@ def _cache(config: EvaluateConfig) -> Path:
     return config.cache or config.out / "features"
 
 
-def _assessment(config: EvaluateConfig, real: Sequence[Record], yardstick: Yardstick | None) -> Assessment:
+def _assessment(
+    config: EvaluateConfig, real: Sequence[Record], yardstick: Yardstick | None, further: Sequence[Extractor]
+) -> Assessment:
     train = [record.path for record in read_split(config.data, "train")] if config.copies else []
-    return Assessment(real, train, yardstick, batch_size=config.batch_size, cache=_cache(config))
+    return Assessment(real, train, yardstick, further, batch_size=config.batch_size, cache=_cache(config))
 
 
 def _write(
@@ -244,6 +248,7 @@ def _write(
         },
         "seeds": [config.seed, config.seed + len(real.contender.records) - 1],
         "judge": None if yardstick is None else yardstick.facts(),
+        "extractors": [extractor_facts(extractor) for extractor in assessment.further],
         "left_out": [NO_JUDGE] if yardstick is None else [],
         "hardware": artifacts.hardware(),
         "photographs": _row(real),
@@ -274,8 +279,8 @@ def _plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures by name, whatever their section."""
-    return {name: figure for section in figures.values() for name, figure in section.items()}
+    """Figures by name, without those of further networks, whose names are the same."""
+    return {name: figure for section in SECTIONS for name, figure in figures.get(section, {}).items()}
 
 
 def _row(result: Result) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from limner.evaluation.scores import Figures
 from limner.evaluation.yardstick import Yardstick, extractor_facts, refuse_conditioning
 from limner.generation import provenance
 from limner.generation.jobs import Job, Spec, make_jobs, read_spec
+from limner.generation.language import literal
 from limner.generation.model import Model
 from limner.generation.painters import LatentDiffusion
 from limner.generation.provenance import slug
@@ -58,7 +59,7 @@ class Entry:
         self, prompts: Sequence[str], seeds: Sequence[int], names: Sequence[str], within: str = ""
     ) -> dict[Path, Job]:
         """What to draw, by the file that it belongs into."""
-        made = make_jobs(self.spec, prompts, steps=self.steps, guidance=self.guidance)
+        made = make_jobs(self.spec, [literal(prompt) for prompt in prompts], steps=self.steps, guidance=self.guidance)
         files = [self.folder / within / f"{name}.png" for name in names]
         return {file: replace(job, seed=seed) for file, job, seed in zip(files, made, seeds, strict=True)}
 
@@ -80,8 +81,10 @@ def run(config: EvaluateConfig) -> Path:
         conditioned = refuse_conditioning(yardstick, refs, allowed=config.allow_conditioning_judge)
     further = [load_extractor(spec) for spec in config.extractors]
     _open(config)
-    found: dict[str, dict[str, Figures]] = {}  # of a model's parts, which don't depend on how it draws
-    extra = [_draw(config, entry, real, yardstick, found) for entry in entries]
+    firsts = {entry.spec.ref: entry for entry in reversed(entries)}  # a model's parts don't depend on how it draws
+    extra = [
+        _draw(config, entry, real, yardstick, with_parts=entry is firsts[entry.spec.ref]) for entry in entries
+    ]
     contenders = [_drawn(entry, real) for entry in entries] + folders
     assessment = _assessment(config, real, yardstick, further)
     results = []
@@ -160,9 +163,10 @@ def _draw(
     entry: Entry,
     real: Sequence[Record],
     yardstick: Yardstick | None,
-    known: dict[str, dict[str, Figures]],
+    *,
+    with_parts: bool,
 ) -> dict[str, Figures]:
-    """Draw an entry's pictures, and tell what that cost, and what its parts do, where that is not `known` yet."""
+    """Draw an entry's pictures, and tell what that cost, and `with_parts` what the model's parts do."""
     model = Model(entry.spec, config.device)
     seeds = range(config.seed, config.seed + len(real))
     jobs = entry.jobs([record.captions[0] for record in real], seeds, [record.path.stem for record in real])
@@ -171,9 +175,8 @@ def _draw(
     own_seeds = [config.seed + i for _ in attributes.PROMPTS for i in range(config.attribute_seeds)]
     jobs |= entry.jobs(prompts, own_seeds, [file.stem for file in _attribute_files(config, entry)], ATTRIBUTES)
     drawing.draw(model, jobs, entry.folder, batch_size=config.batch_size)
-    if entry.spec.ref not in known:
-        known[entry.spec.ref] = _parts(config, model, real, yardstick)
-    return {"cost": parts.cost_figures(drawing.cost(entry.folder)), **known[entry.spec.ref]}
+    figures = {"cost": parts.cost_figures(drawing.cost(entry.folder))}
+    return figures | (_parts(config, model, real, yardstick) if with_parts else {})
 
 
 def _parts(

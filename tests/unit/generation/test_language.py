@@ -195,3 +195,11 @@ def test_any_prompt_and_setting_makes_jobs_or_a_sentence(given_: dict, scheduler
         for text in (job.prompt, job.negative):
             assert all(part for part in language.parse(text)) or text
             assert language.chosen(text, job.seed) == text
+
+
+@given(fragments.filter(lambda text: "BREAK" not in text), st.integers(0, 9))
+def test_a_literal_text_means_itself(text: str, seed: int) -> None:
+    literal = language.literal(text)
+    assert language.chosen(literal, seed) == literal
+    assert "".join(text for text, _ in sum(spans(literal), [])) == text
+    assert {weight for _, weight in sum(spans(literal), [])} <= {1.0}

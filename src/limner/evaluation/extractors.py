@@ -75,7 +75,7 @@ class Network:
 
 
 def load_extractor(spec: str) -> Extractor:
-    """The extractor that `spec` names, see above. Raises ConfigError where it names none, ModelError as loading does."""
+    """The extractor that `spec` names, as above. Raises ConfigError where it names none, ModelError as loading does."""
     kind, _, name = spec.partition(":")
     if spec == "inception":
         return _inception()

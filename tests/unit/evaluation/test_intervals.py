@@ -51,7 +51,7 @@ def test_real_against_real_is_nothing_within_its_interval() -> None:
 
 def test_a_paired_difference_is_found_where_unpaired_would_not() -> None:
     prompts = 5 * normal(100, seed=0)
-    better, worse = prompts + 0.3 + 0.5 * normal(100, seed=1), prompts + 0.5 * normal(100, seed=2)
+    better, worse = prompts + 0.4 + 0.5 * normal(100, seed=1), prompts + 0.5 * normal(100, seed=2)
     found = paired_difference(better, worse)
     assert found.low > 0
     assert found.p < 0.01

@@ -98,7 +98,7 @@ def marked(prompt: str) -> bool:
 
 
 def literal(text: str) -> str:
-    """A prompt that says the text as it is, whatever marks are in it, but for BREAK; a caption's brackets mean nothing."""
+    """A prompt that says the text as it is, whatever marks are in it, but for BREAK; brackets mean nothing."""
     return re.sub(r"[\\()\[\]{}|]", r"\\\g<0>", text)
 
 

@@ -82,9 +82,7 @@ def run(config: EvaluateConfig) -> Path:
     further = [load_extractor(spec) for spec in config.extractors]
     _open(config)
     firsts = {entry.spec.ref: entry for entry in reversed(entries)}  # a model's parts don't depend on how it draws
-    extra = [
-        _draw(config, entry, real, yardstick, with_parts=entry is firsts[entry.spec.ref]) for entry in entries
-    ]
+    extra = [_draw(config, entry, real, yardstick, with_parts=entry is firsts[entry.spec.ref]) for entry in entries]
     contenders = [_drawn(entry, real) for entry in entries] + folders
     assessment = _assessment(config, real, yardstick, further)
     results = []

@@ -201,5 +201,6 @@ def test_any_prompt_and_setting_makes_jobs_or_a_sentence(given_: dict, scheduler
 def test_a_literal_text_means_itself(text: str, seed: int) -> None:
     literal = language.literal(text)
     assert language.chosen(literal, seed) == literal
-    assert "".join(text for text, _ in sum(spans(literal), [])) == text
-    assert {weight for _, weight in sum(spans(literal), [])} <= {1.0}
+    said = [span for part in spans(literal) for span in part]
+    assert "".join(words for words, _ in said) == text
+    assert {weight for _, weight in said} <= {1.0}

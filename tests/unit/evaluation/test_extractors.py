@@ -132,3 +132,19 @@ def test_a_clip_is_no_image_model(clip: Clip, tmp_path: Path) -> None:
     clip.save(tmp_path)
     with pytest.raises(ModelError, match="a CLIP is clip:"):
         load_extractor(f"transformers:{tmp_path}")
+
+
+def test_the_inception_is_that_of_torch_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With random weights in the file that its release has, and bytes as it reads them."""
+    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(theirs, "load_state_dict", lambda *_, **__: None)
+        network = theirs("random", ["2048"], feature_extractor_weights_path="none")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(network.state_dict(), tmp_path / "checkpoints" / extractors.INCEPTION)
+    found, photo = load_extractor("inception"), torch.randint(256, (1, 3, 299, 299))
+    features = found.image_features(photo / 127.5 - 1)
+    assert (found.name, found.size, features.shape) == ("inception", 299, (1, 2048))
+    assert torch.allclose(features, network(photo.byte())[0], atol=1e-6)

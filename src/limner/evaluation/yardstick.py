@@ -55,7 +55,8 @@ class Yardstick:
     def find(cls, ref: str) -> Self:
         """The judge of a folder of recipes/judge.py, or the CLIP that `ref` means. Raises ModelError."""
         if (Path(ref) / WEIGHTS).is_file():
-            judge = load_judge(Path(ref))
+            with loading.quiet():
+                judge = load_judge(Path(ref))
             return cls(judge.name, judge.sha256, judge.photographs, _heads(judge), judge.text_features)
         clip, sha256 = loading.load_clip(ref), loading.identity(ref, "clip")
         clip.network.to("cuda" if torch.cuda.is_available() else "cpu")

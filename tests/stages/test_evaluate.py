@@ -301,7 +301,7 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     assert "steps must be from 1 to 1000" in refused(capfd, *models, "--steps", 0, *given)
     assert "x has 1 numbers for 2 models" in refused(capfd, *models, "--set", "x=[1]", *given)
-    assert "0 captioned pictures in test; two are" in refused(capfd, *models, *given, "--split", "test")
+    assert "0 captioned pictures in test; 4 are" in refused(capfd, *models, *given, "--split", "test")
 
 
 def test_a_judge_of_nan_is_named(

@@ -166,7 +166,7 @@ class EvaluateConfig(StageConfig):
     """The folder to write; pictures that lie there already are kept where they would be drawn the same."""
     split: Annotated[Literal["val", "test"], FLAG] = "test"
     """Whose captions are drawn: choose by val, report by test."""
-    n: Annotated[int | None, Flag(("-n", "--n")), Field(gt=1)] = None
+    n: Annotated[int | None, Flag(("-n", "--n")), Field(ge=4)] = None
     """Pictures to draw, for the first captions of the split's first photographs; one a photograph when left out."""
     judge: Annotated[str | None, FLAG] = None
     """What scores the pictures: a folder of recipes/judge.py, or any CLIP that no model reads its prompts with."""

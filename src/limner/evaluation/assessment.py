@@ -139,6 +139,6 @@ class Assessment:
 
 def _pairs(pictures: Sequence[Path], photographs: Sequence[Path], found: Copies, near: Nearest) -> list[Pair]:
     return [
-        Pair(pictures[row], photographs[near.owners[row]], near.distances[row].item(), bool(found.flagged[row]))
+        Pair(pictures[row], photographs[int(near.owners[row])], near.distances[row].item(), bool(found.flagged[row]))
         for row in near.distances.argsort(stable=True)[:PAIRS].tolist()
     ]

@@ -15,6 +15,7 @@ from limner.data.folders import read_imagefolder
 from limner.data.pictures import read_picture
 from limner.errors import ConfigError, DataError
 
+LEAST = 4  # pictures that have a spread of which an interval can be told
 SHOWN = 3  # names in a sentence
 
 
@@ -85,8 +86,8 @@ def from_folder(folder: Path, label: str, real: Sequence[Record]) -> Contender:
             f"{len(uncaptioned)} have no caption ({_some(uncaptioned)}); write them into its metadata.jsonl, or name "
             "the pictures as the photographs are named."
         )
-    if len(records) < 2:
-        raise DataError(f"{folder} has {len(records)} pictures that can be read; two are the least to score.")
+    if len(records) < LEAST:
+        raise DataError(f"{folder} has {len(records)} pictures that can be read; {LEAST} are the least to score.")
     return Contender(label, records, {"folder": str(folder)}, skipped=skipped, remarks=_remarks(skipped, sizes))
 
 

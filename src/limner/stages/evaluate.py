@@ -20,7 +20,7 @@ from limner.data.findings import json_line
 from limner.errors import DataError, RunError
 from limner.evaluation import attributes, drawing, parts, plots, report, scores
 from limner.evaluation.assessment import Assessment, Result
-from limner.evaluation.contenders import Contender, from_folder, labels, photographs
+from limner.evaluation.contenders import LEAST, Contender, from_folder, labels, photographs
 from limner.evaluation.extractors import Extractor, load_extractor
 from limner.evaluation.intervals import Difference
 from limner.evaluation.kinds import GLANCE, KINDS, SECTIONS
@@ -121,8 +121,8 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
 def _read(config: EvaluateConfig) -> tuple[list[Record], list[Entry], list[Contender]]:
     """The photographs with their captions, what is to be drawn, and the folders of pictures that are given."""
     real = photographs(read_split(config.data, config.split), config.n)
-    if len(real) < 2:
-        raise DataError(f"{config.data} has {len(real)} captioned pictures in {config.split}; two are the least.")
+    if len(real) < LEAST:
+        raise DataError(f"{config.data} has {len(real)} captioned pictures in {config.split}; {LEAST} are the least.")
     refs = [*config.models, *map(str, config.images)]
     names = labels(refs)
     entries = []

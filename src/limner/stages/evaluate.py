@@ -150,9 +150,9 @@ def _entry(
 def _open(config: EvaluateConfig) -> None:
     """Make the folder an evaluation's, or come back to one. Raises RunError where it is something else."""
     file = config.out / "config.json"
-    if config.out.is_dir() and any(config.out.iterdir()) and not (file.is_file() and (config.out / PICTURES).is_dir()):
+    is_ours = file.is_file() and artifacts.read_json(file).keys() >= {"models", "images", "judge"}
+    if not is_ours and config.out.is_dir() and any(artifacts.PARTIAL not in p.name for p in config.out.iterdir()):
         raise RunError(f"{config.out} exists and holds no evaluation; choose another --out.")
-    (config.out / PICTURES).mkdir(parents=True, exist_ok=True)
     artifacts.write_json(file, json.loads(config.model_dump_json()))
 
 

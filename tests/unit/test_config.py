@@ -34,6 +34,7 @@ CONFIGS = concrete()
 NEEDED: dict[type[StageConfig], dict[str, Any]] = {
     GenerateConfig: {"prompts": ("A dog's day.",)},
     PrepareConfig: {"kind": "flickr8k", "source": "zips", "out": "d"},
+    configs.ReplayConfig: {"image": "a.png"},
     ClipConfig: {"data": "d", "out": "r"},
     VaeConfig: {"data": "d", "out": "r"},
     UnetConfig: {"data": "d", "out": "r", "sample_prompts": ["A dog.", "Ein Hund läuft."]},

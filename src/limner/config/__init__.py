@@ -4,7 +4,15 @@ A new knob goes here, not into a flag. `settings.py` puts a configuration togeth
 """
 
 from limner.config.base import Argument, Flag, StageConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, EvaluateConfig, GenerateConfig, PrepareConfig
+from limner.config.stages import (
+    AssembleConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    Format,
+    GenerateConfig,
+    PrepareConfig,
+    ReplayConfig,
+)
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -20,8 +28,10 @@ __all__ = [
     "EncodeConfig",
     "EvaluateConfig",
     "Flag",
+    "Format",
     "GenerateConfig",
     "PrepareConfig",
+    "ReplayConfig",
     "StageConfig",
     "TrainClipConfig",
     "TrainConfig",

@@ -3,13 +3,22 @@
 A new knob goes here, not into a flag. `settings.py` puts a configuration together.
 """
 
-from limner.config.base import Argument, Flag, StageConfig
+from limner.config.base import Argument, CommandConfig, Flag, StageConfig
+from limner.config.machine import (
+    BenchConfig,
+    DoctorConfig,
+    ExportConfig,
+    ListModelsConfig,
+    PullModelConfig,
+    ShowModelConfig,
+)
 from limner.config.stages import (
     AssembleConfig,
     EncodeConfig,
     EvaluateConfig,
     Format,
     GenerateConfig,
+    Precision,
     PrepareConfig,
     ReplayConfig,
 )
@@ -25,13 +34,21 @@ from limner.config.training import (
 __all__ = [
     "Argument",
     "AssembleConfig",
+    "BenchConfig",
+    "CommandConfig",
+    "DoctorConfig",
     "EncodeConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "Flag",
     "Format",
     "GenerateConfig",
+    "ListModelsConfig",
+    "Precision",
     "PrepareConfig",
+    "PullModelConfig",
     "ReplayConfig",
+    "ShowModelConfig",
     "StageConfig",
     "TrainClipConfig",
     "TrainConfig",

@@ -30,8 +30,8 @@ from limner.generation import provenance
 from limner.generation.jobs import Job, Spec, make_jobs, read_spec
 from limner.generation.language import literal
 from limner.generation.model import Model
-from limner.generation.painters import LatentDiffusion
 from limner.generation.provenance import slug
+from limner.models import loading
 
 log = logging.getLogger(__name__)
 
@@ -182,12 +182,14 @@ def _parts(
 ) -> dict[str, Figures]:
     """Figures of the VAE and the CLIP of a model, where it has such."""
     spec, paths = model.spec, [record.path for record in real]
-    if not isinstance(model.painter, LatentDiffusion) or spec.size is None:
+    if not spec.own_loop or spec.size is None:
         return {}
     extractor = None if yardstick is None else yardstick.extractor
     captioned = {record.path: record for record in read_split(config.data, config.split)}
     found = {
-        "vae": parts.vae_figures(model.painter.vae, min(spec.size), paths, extractor, config.batch_size),
+        "vae": parts.vae_figures(
+            loading.load_vae(str(spec.folder)).to(model.device), min(spec.size), paths, extractor, config.batch_size
+        ),
         "clip": parts.clip_figures(spec.ref, [captioned[path] for path in paths]),
     }
     return {section: figures for section, figures in found.items() if figures}

@@ -157,6 +157,7 @@ for _group, _name, _config, _stage in (
     (train, "lora", configs.TrainLoraConfig, "train_unet"),
     (train, "distill", configs.TrainDistillConfig, "train_distill"),
     (app, "assemble", configs.AssembleConfig, "assemble"),
+    (app, "evaluate", configs.EvaluateConfig, "evaluate"),
     (models, "list", configs.ListModelsConfig, "list_models"),
     (models, "show", configs.ShowModelConfig, "show_model"),
     (models, "pull", configs.PullModelConfig, "pull_model"),

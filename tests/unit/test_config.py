@@ -41,6 +41,7 @@ NEEDED: dict[type[StageConfig], dict[str, Any]] = {
     configs.TrainLoraConfig: {"data": "d", "model": "m", "out": "r"},
     configs.TrainDistillConfig: {"data": "d", "model": "m", "out": "r", "guidance": [1.0, 4.0]},
     EncodeConfig: {"data": "d", "vae": "v", "clip": "c", "out": "r"},
+    configs.EvaluateConfig: {"models": ("m",), "data": "d", "out": "e"},
     configs.ExportConfig: {"to": "onnx", "out": "e"},
     configs.BenchConfig: {},
     configs.AssembleConfig: {"clip": "c", "vae": "v", "unet": "u", "out": "m"},

@@ -15,6 +15,7 @@ from limner.config.machine import (
 from limner.config.stages import (
     AssembleConfig,
     EncodeConfig,
+    EvaluateConfig,
     Format,
     GenerateConfig,
     Precision,
@@ -37,6 +38,7 @@ __all__ = [
     "CommandConfig",
     "DoctorConfig",
     "EncodeConfig",
+    "EvaluateConfig",
     "ExportConfig",
     "Flag",
     "Format",

@@ -196,3 +196,62 @@ class ReplayConfig(StageConfig):
     """Folder for the new picture where it differs."""
     device: Annotated[str | None, FLAG] = None
     """`cpu` or `cuda`; the GPU when there is one."""
+
+
+class EvaluateConfig(StageConfig):
+    """Score models by the pictures that they draw for captions, beside the photographs.
+
+    Writes metrics.json, report.html and the pictures.
+    """
+
+    models: Annotated[tuple[str, ...], Argument()] = ()
+    """The models: `builtin`, a Diffusers folder or a hub id; several are compared on the same captions and noise."""
+    images: Annotated[tuple[Path, ...], FLAG] = ()
+    """Folder of pictures that something else drew; may be repeated. A metadata.jsonl in it gives their captions, or
+    their names do, which are then those of the photographs."""
+    data: Annotated[Path, FLAG]
+    """The dataset folder."""
+    out: Annotated[Path, FLAG]
+    """The folder to write; pictures that lie there already are kept where they would be drawn the same."""
+    split: Annotated[Literal["val", "test"], FLAG] = "test"
+    """Whose captions are drawn: choose by val, report by test."""
+    n: Annotated[int | None, Flag(("-n", "--n")), Field(ge=4)] = None
+    """Pictures to draw, for the first captions of the split's first photographs; one a photograph when left out."""
+    judge: Annotated[str | None, FLAG] = None
+    """What scores the pictures: a folder of recipes/judge.py, or any CLIP that no model reads its prompts with."""
+    steps: Annotated[tuple[int, ...], FLAG] = ()
+    """Denoising steps; given several times, each model draws with each, and a plot compares them. The model's own when
+    left out."""
+    guidance: Annotated[tuple[float, ...], FLAG] = ()
+    """Guidance, likewise."""
+    seed: Annotated[int, FLAG, Field(ge=0, lt=2**62)] = 0
+    """Seed of the first picture; picture i has the seed `seed + i`."""
+    device: Annotated[str | None, FLAG] = None
+    """`cpu` or `cuda`; the GPU when there is one."""
+    x: tuple[float, ...] = ()
+    """What the models differ in, one number a model, such as their share alpha or the images they have seen: a plot
+    shows the figures against it."""
+    x_name: str = "x"
+    """What `x` counts."""
+    allow_conditioning_judge: bool = False
+    """Let a model be judged by the CLIP that it reads its prompts with; the report marks it, as it flatters."""
+    extractors: tuple[str, ...] = ()
+    """Further networks by whose features fidelity is measured: clip:REF, judge:FOLDER, transformers:REF, inception."""
+    copies: bool = True
+    """Look for the nearest training photographs, for which all of them must be seen once."""
+    attribute_seeds: int = Field(default=4, ge=0)
+    """Pictures of each prompt of the prompt-sensitivity test; 0 leaves it out."""
+    cache: Path | None = None
+    """Folder for what networks see in pictures, to be shared by evaluations; `features` within --out when left out."""
+    batch_size: PositiveInt = 16
+    """Pictures drawn or looked at at once; changes speed and memory, not the figures."""
+    threads: PositiveInt | None = None
+    """Threads of the arithmetic on CPU; torch's choice when left out."""
+
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> Self:
+        if not self.models and not self.images:
+            raise ValueError("There is nothing to score; name a model behind limner evaluate, or a folder as --images")
+        if self.x and len(self.x) != len(self.models):
+            raise ValueError(f"x has {len(self.x)} numbers for {len(self.models)} models; give one a model")
+        return self

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from limner.artifacts import atomic_file
+from limner.evaluation.kinds import GLANCE, KINDS
 from limner.evaluation.retrieval import KS
 from limner.generation import sheets
 from limner.generation.engine import to_images
@@ -100,6 +101,30 @@ def plot_drift(drift: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             values = drift[layer][name]
             _line(panel, range(len(values)), values, look, title)
         _name(panel, f"Token states of the {label}", "likeness to the base", "token position")
+    _save(figure, path)
+
+
+def plot_sweep(name: str, rows: Sequence[tuple[float, Mapping[str, Any]]], path: Path) -> None:
+    """Write a PNG of figures against the one setting `name` that contenders differ in. Bands are 95 % intervals.
+
+    rows: the setting's value and the figures, each {"value", "low", "high"} by name, of each contender; what a row
+    lacks is not drawn for any. Raises OSError.
+    """
+    rows = sorted(rows, key=lambda row: row[0])
+    drawn = [figure for figure in GLANCE if all(figure in figures for _, figures in rows)]
+    across = min(3, len(drawn))
+    figure = _figure(2.9 * -(-len(drawn) // across))
+    axes = figure.subplots(-(-len(drawn) // across), across, squeeze=False)
+    xs = [x for x, _ in rows]
+    for panel, key in zip(axes.flat, drawn):
+        found, kind = [figures[key] for _, figures in rows], KINDS[key]
+        scale = 100 if kind.unit == "%" else 1
+        _line(panel, xs, [scale * one["value"] for one in found], LINES[0], None)
+        low, high = ([scale * one[end] for one in found] for end in ("low", "high"))
+        panel.fill_between(xs, low, high, color=BLUE, alpha=0.15, linewidth=0)
+        _name(panel, kind.title, f"{kind.unit or 'value'}, {kind.better} is better", name)
+    for panel in list(axes.flat)[len(drawn) :]:
+        panel.set_axis_off()
     _save(figure, path)
 
 

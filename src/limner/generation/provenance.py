@@ -132,8 +132,14 @@ def save(image: Image, record: dict[str, Any], folder: Path, kind: Format = "png
     `files.write`.
     """
     texts = _texts(record, kind, quality)
-    names = free_names(folder / f"{_slug(record['prompt'])}-{record['seed']}{files.SUFFIXES[kind]}")
+    names = free_names(folder / f"{slug(record['prompt'])}-{record['seed']}{files.SUFFIXES[kind]}")
     return artifacts.write_new(names, lambda path: files.write(image, path, kind, quality, *texts))
+
+
+def write(image: Image, record: dict[str, Any], path: Path) -> None:
+    """Write the picture as the PNG `path`, whole or not at all. Raises OSError as the writing does."""
+    with artifacts.atomic_file(path) as partial:
+        files.write(image, partial, "png", 100, *_texts(record, "png", 100))
 
 
 def check_fits(record: dict[str, Any], kind: Format) -> None:
@@ -156,7 +162,7 @@ def free_names(path: Path) -> Iterator[Path]:
         yield path.with_stem(f"{path.stem}-{number}")
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
     """`A dog, on a beach.` -> `a-dog-on-a-beach`; letters and digits of any script are kept."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt.lower()))
     slug = "-".join(words).encode()[:NAME_BYTES].decode(errors="ignore").strip("-")

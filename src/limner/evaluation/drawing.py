@@ -52,7 +52,11 @@ def _is_there(file: Path, job: Job, model: Model) -> bool:
         return False
     wanted = {name: value for name, value in vars(job).items() if value is not None}  # None is the pipeline's own
     facts = ("weights", "scheduler", "loras")
-    return wanted.items() <= record.items() and all(record["model"][name] == model.facts[name] for name in facts)
+    return (
+        wanted.items() <= record.items()
+        and all(record["model"][name] == model.facts[name] for name in facts)
+        and record["device"].get("precision") == model.device_facts["precision"]
+    )
 
 
 def _add_cost(file: Path, model: Model, job: Job, seconds: Sequence[float], peak: int | None) -> None:

@@ -142,6 +142,8 @@ for _group, _name, _config, _stage in (
     (train, "lora", configs.TrainLoraConfig, "train_unet"),
     (train, "distill", configs.TrainDistillConfig, "train_distill"),
     (app, "assemble", configs.AssembleConfig, "assemble"),
+    (app, "serve", configs.ServeConfig, "serve"),
+    (app, "token", configs.TokenConfig, "token"),
 ):
     _group.command(_name)(_command(_config, _stage))
 

@@ -4,6 +4,7 @@ A new knob goes here, not into a flag. `settings.py` puts a configuration togeth
 """
 
 from limner.config.base import Argument, Flag, StageConfig
+from limner.config.serving import ServeConfig, TokenConfig
 from limner.config.stages import AssembleConfig, EncodeConfig, GenerateConfig, PrepareConfig
 from limner.config.training import (
     TrainClipConfig,
@@ -21,7 +22,9 @@ __all__ = [
     "Flag",
     "GenerateConfig",
     "PrepareConfig",
+    "ServeConfig",
     "StageConfig",
+    "TokenConfig",
     "TrainClipConfig",
     "TrainConfig",
     "TrainDistillConfig",

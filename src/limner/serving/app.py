@@ -41,9 +41,10 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         max_body_size=config.max_upload,
     )
+    app.state.service = service
     answer_errors(app)
-    for routes in (jobs_api,):
-        app.include_router(routes.router(service), dependencies=[BEARER])
+    for part in (jobs_api,):
+        app.include_router(part.routes, dependencies=[BEARER])
     _add_signs_of_life(app, service)
     local = is_this_machine(config.host)
     needs_token = not local if config.require_tokens is None else config.require_tokens

@@ -10,8 +10,9 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from limner.config import ServeConfig
@@ -33,6 +34,10 @@ class UnknownModel(ConfigError):
 
 class Draining(Exception):
     """The server is about to end and accepts no more."""
+
+    def __init__(self, job: str | None = None) -> None:
+        known = f" Job {job} goes on when it is back." if job else ""
+        super().__init__(f"The server is about to end; ask again in a moment.{known}")
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class Service:
                 if job.state not in OPEN:
                     return job
                 if self.draining and job.state == "queued":
-                    raise Draining
+                    raise Draining(id_)
                 await waiter.wait(POLL)
 
     def _view(self, row: JobRow, images: Sequence[ImageRow]) -> JobView:
@@ -199,6 +204,16 @@ class Service:
             started=row.started,
             finished=row.finished,
         )
+
+
+def _of(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+Served = Annotated[Service, Depends(_of)]
+"""The service, as a route takes it."""
 
 
 def _news(job: JobView, told: dict[str, Any]) -> list[Event]:

@@ -15,9 +15,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from limner.errors import UserError
-from limner.serving.schemas import Error, ErrorBody
+from limner.serving.schemas import Error, ErrorBody, JobView
 from limner.serving.service import Draining, UnknownModel
 from limner.serving.store import QueueFull
+
+
+class Failed(Exception):
+    """A job that somebody waited for ended without its pictures."""
+
+    def __init__(self, job: JobView) -> None:
+        super().__init__(job.error or "The job was cancelled.")
+        self.job = job
+
 
 log = logging.getLogger("limner.serve")
 
@@ -32,7 +41,7 @@ def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
         401: "A token is needed, or this one is not known.",
         403: "The request comes from another site's page.",
         404: "There is no such thing here.",
-        409: "Not now.",
+        409: "The job was cancelled.",
         413: "The body is larger than is allowed.",
         415: "The body is of another type than is read here.",
         422: "A setting does not fit; the message says which.",
@@ -77,6 +86,11 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Draining)
     def draining(_: Request, error: Draining) -> JSONResponse:
         return refusal(503, str(error), _retry(RETRY))
+
+    @app.exception_handler(Failed)
+    def failed(_: Request, error: Failed) -> JSONResponse:
+        status = 409 if error.job.state == "cancelled" else 500 if error.job.fault else 422
+        return refusal(status, str(error), {"X-Limner-Job": error.job.id})
 
     @app.exception_handler(SQLAlchemyError)
     def database(_: Request, error: SQLAlchemyError) -> JSONResponse:

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner import __version__
-from limner.serving import jobs_api
+from limner.serving import a1111_api, jobs_api, openai_api
 from limner.serving.access import BEARER, Gate, is_this_machine
 from limner.serving.answers import answer_errors, documented
 from limner.serving.metrics import Metrics
@@ -43,7 +43,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     answer_errors(app)
-    for part in (jobs_api,):
+    for part in (jobs_api, openai_api, a1111_api):
         app.include_router(part.routes, dependencies=[BEARER])
     _add_signs_of_life(app, service)
     local = is_this_machine(config.host)

@@ -70,6 +70,8 @@ class JobView(BaseModel):
     """Pictures that are done, in the order of their seeds."""
     error: str | None
     """Why it failed."""
+    fault: bool
+    """Whether the server is to blame for that, and not what was asked for."""
     created: float
     """Seconds since 1970, as the next two."""
     started: float | None

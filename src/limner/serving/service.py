@@ -60,6 +60,8 @@ class Service:
         self.changes = Changes()
         self.shelf = Shelf(self.specs, config.device, config.memory)
         self.worker = Worker(config, self.store, self.shelf, self.changes, self.metrics)
+        self.chosen: dict[str, str] = {}
+        """The model that an owner chose for requests that name none, as A1111's clients do."""
         self.draining = False
 
     def start(self) -> None:
@@ -85,9 +87,7 @@ class Service:
         """
         if self.draining:
             raise Draining
-        model = request.model or next(iter(self.specs))
-        if model not in self.specs:
-            raise UnknownModel(f"There is no model {model[:100]!r} here; there are {', '.join(self.specs)}.")
+        model = self.model_name(request.model)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         request = request.model_copy(update={"model": model, "seed": seed})
         self._check(request)
@@ -114,6 +114,13 @@ class Service:
         log.info("job accepted", extra={"job": row.id, "owner": owner, "model": model, **prompt})
         self.worker.more()
         return self._view(row, ())
+
+    def model_name(self, name: str | None) -> str:
+        """The model of that name, or the first. Raises UnknownModel."""
+        name = name or next(iter(self.specs))
+        if name not in self.specs:
+            raise UnknownModel(f"There is no model {name[:100]!r} here; there are {', '.join(self.specs)}.")
+        return name
 
     def _check(self, request: JobRequest) -> None:
         """Raise ConfigError where more is asked for than is allowed here."""
@@ -148,7 +155,7 @@ class Service:
         """End a job, at once in the queue and within one step while it is drawn; one that has ended stays as it is."""
         if self.store.get(id_, owner) is None:
             return None
-        if self.store.cancel(id_):
+        if self.store.cancel(id_, self.worker.step_of(id_)):
             self.worker.cancel(id_)
             self.metrics.ended.labels("cancelled").inc()
             log.info("job ended", extra={"job": id_, "state": "cancelled"})
@@ -200,6 +207,7 @@ class Service:
                 for i in images
             ],
             error=row.error,
+            fault=row.fault,
             created=row.created,
             started=row.started,
             finished=row.finished,

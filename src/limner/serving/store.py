@@ -165,9 +165,10 @@ class Store:
             wanted = select(ImageRow).join(JobRow, JobRow.id == ImageRow.job)
             return session.scalar(wanted.where(ImageRow.id == id_, *_owned(owner)))
 
-    def cancel(self, id_: str) -> bool:
-        """End a job that has not ended; tell whether that was so."""
-        return self._end(JobRow.id == id_, JobRow.state.in_(OPEN), state="cancelled")
+    def cancel(self, id_: str, step: int | None) -> bool:
+        """End a job that has not ended, at a step where that is known; tell whether that was so."""
+        known = {} if step is None else {"step": step}
+        return self._end(JobRow.id == id_, JobRow.state.in_(OPEN), state="cancelled", **known)
 
     def counts(self) -> dict[str, int]:
         """How many jobs are in each state."""
@@ -225,9 +226,9 @@ class Store:
                 job.state, job.finished, job.worker, job.lease = "done", time.time(), None, None
             return True
 
-    def fail(self, worker: str, id_: str, error: str) -> bool:
-        """End a job that the worker holds, saying why; tell whether it held it."""
-        return self._end(JobRow.id == id_, *_held(worker), state="failed", error=error)
+    def fail(self, worker: str, id_: str, error: str, *, fault: bool) -> bool:
+        """End a job that the worker holds, saying why and whose fault it is; tell whether it held it."""
+        return self._end(JobRow.id == id_, *_held(worker), state="failed", error=error, fault=fault)
 
     def give_back(self, worker: str) -> int:
         """Put all jobs that the worker holds back into the queue, without blame; tell how many."""
@@ -243,8 +244,8 @@ class Store:
             dead = [worker for worker in session.scalars(running) if worker and _is_dead(worker, me)]
             session.execute(update(JobRow).where(JobRow.worker.in_(dead), JobRow.state == "running").values(lease=0))
 
-    def _end(self, *where: Any, state: State, error: str | None = None) -> bool:
-        values = {"state": state, "error": error, "finished": time.time(), "worker": None, "lease": None}
+    def _end(self, *where: Any, **values: Any) -> bool:
+        values |= {"finished": time.time(), "worker": None, "lease": None}
         with self._session(write=True) as session:
             return _count(session.execute(update(JobRow).where(*where).values(**values))) == 1
 

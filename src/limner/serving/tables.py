@@ -44,6 +44,8 @@ class JobRow(Base):
     step: Mapped[int] = mapped_column(default=0)
     state: Mapped[str] = mapped_column(default="queued")
     error: Mapped[str | None] = mapped_column(default=None)
+    fault: Mapped[bool] = mapped_column(default=False)
+    """Whether the server is to blame for the error, and not what was asked for."""
     worker: Mapped[str | None] = mapped_column(default=None)
     lease: Mapped[float | None] = mapped_column(default=None)
     attempts: Mapped[int] = mapped_column(default=0)

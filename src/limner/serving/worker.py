@@ -190,7 +190,7 @@ class Worker:
     def _given_up(self, held: Held) -> bool:
         if held.row.attempts <= self._config.attempts:
             return False
-        self._fail(held, f"{self._config.attempts} servers ended while they drew this; try other settings.")
+        self._fail(held, f"{self._config.attempts} servers ended while they drew this; try other settings.", fault=True)
         return True
 
     def _draw_held(self, jobs: Sequence[Held]) -> None:
@@ -200,8 +200,9 @@ class Worker:
             model = self._shelf.get(jobs[0].row.model)
             todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held)]
         except (UserError, KeyError) as error:
+            sentence = str(error) if isinstance(error, UserError) else "This server has this model no more."
             for held in jobs:
-                self._fail(held, str(error) if isinstance(error, UserError) else "This server has no such model now.")
+                self._fail(held, sentence, fault=True)
             return
         size = self._batch_size()
         for start in range(0, len(todo), size):
@@ -251,7 +252,7 @@ class Worker:
                 return
             if not isinstance(error, UserError):
                 log.exception("drawing failed", extra={"job": batch[0][0].row.id})
-            self._fail(batch[0][0], _sentence(error))
+            self._fail(batch[0][0], _sentence(error), fault=not isinstance(error, UserError))
 
     def _keep(self, held: Held, number: int, picture: Picture) -> None:
         if not held.wanted:
@@ -272,9 +273,9 @@ class Worker:
             path.unlink(missing_ok=True)
         self._changes.tell(job.id)
 
-    def _fail(self, held: Held, error: str) -> None:
+    def _fail(self, held: Held, error: str, *, fault: bool) -> None:
         held.wanted = False
-        if self._store.fail(self.id, held.row.id, error):
+        if self._store.fail(self.id, held.row.id, error, fault=fault):
             self._ended_as(held, "failed")
 
     def _ended_as(self, held: Held, state: str) -> None:

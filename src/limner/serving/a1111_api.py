@@ -1,4 +1,4 @@
-"""The routes of stable-diffusion-webui (A1111), for clients written for it. A client logs in with any name and a token."""
+"""The routes of stable-diffusion-webui (A1111), for clients written for it; they log in with any name and a token."""
 
 from __future__ import annotations
 

@@ -75,12 +75,11 @@ class Gate:
             return
         token = _token(headers.get("authorization", ""))
         name = await run_in_threadpool(self.store.token_of, digest(token)) if token else None
-        if name is None and scope["path"] not in OPEN_TO_ALL and (token or self.needs_token):
+        # Where none is needed an unknown one does no harm: some clients insist on sending something
+        if name is None and self.needs_token and scope["path"] not in OPEN_TO_ALL:
             what = "The token is not known here" if token else "A token is needed"
-            answer = refusal(
-                401, f"{what}; make one with limner token add.", {"WWW-Authenticate": 'Basic realm="limner"'}
-            )
-            await answer(scope, receive, send)
+            basic = {"WWW-Authenticate": 'Basic realm="limner"'}
+            await refusal(401, f"{what}; make one with limner token add.", basic)(scope, receive, send)
             return
         scope["client of limner"] = Client(name or "")
         await self.app(scope, receive, send)

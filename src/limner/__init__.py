@@ -14,13 +14,16 @@ __version__ = "0.1.0"
 __all__ = ["LimnerError", "UserError", "__version__", "load"]
 
 
-def load(model: str = "builtin", *, device: str | None = None, loras: Sequence[str] = ()) -> Model:
-    """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id, with LoRAs, each FILE or FILE:WEIGHT.
+def load(
+    model: str = "builtin", *, device: str | None = None, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
+) -> Model:
+    """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id, with LoRAs, each FILE or FILE:WEIGHT, and
+    textual inversions, each FILE or FILE:TOKEN.
 
     >>> limner.load("builtin")("A dog on a beach.", seed=7).save("pictures")
 
-    Raises ModelError when one can't be found, fetched or read, or when a LoRA doesn't fit the model.
+    Raises ModelError when one can't be found, fetched or read, or when what is added doesn't fit the model.
     """
     from limner.generation.model import Model
 
-    return Model.load(model, device, loras)
+    return Model.load(model, device, loras, embeddings)

@@ -114,7 +114,8 @@ class GenerateConfig(StageConfig):
     """Draw pictures for prompts."""
 
     prompts: Annotated[tuple[str, ...], Argument()] = ()
-    """What to draw; several prompts draw several pictures. Read from standard input when it is piped."""
+    """What to draw; several prompts draw several pictures. Read from standard input when it is piped. (word:1.3) counts
+    more, [word] less, and of {dog|cat} each picture has one."""
     prompts_file: Annotated[Path | None, Flag(("--prompts",))] = None
     """File with one prompt a line."""
     n: Annotated[PositiveInt, Flag(("-n",))] = 1
@@ -125,6 +126,11 @@ class GenerateConfig(StageConfig):
     """Denoising steps; the model's own default when left out."""
     guidance: Annotated[float | None, FLAG, Field(ge=1, le=100)] = None
     """How strongly the prompt is followed; 1 is off; the model's own default when left out."""
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    """Share of guidance's contrast that is taken back, against overexposure; 0.7 is usual."""
+    scheduler: Annotated[str | None, FLAG] = None
+    """euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, unipc, deis, ddim, ddpm, pndm, lms, dpm2, dpm2_a or lcm;
+    some also with _karras; the model's own when left out."""
     negative: Annotated[str, FLAG] = ""
     """What the pictures should not show."""
     size: Annotated[str | None, FLAG] = None
@@ -133,6 +139,8 @@ class GenerateConfig(StageConfig):
     """`builtin`, a Diffusers folder or a hub id."""
     loras: Annotated[tuple[str, ...], Flag(("--lora",))] = ()
     """LoRA to draw with, a safetensors file or a `train lora` run, as FILE or FILE:WEIGHT; may be repeated."""
+    embeddings: Annotated[tuple[str, ...], Flag(("--embedding",))] = ()
+    """Textual inversion to draw with, a safetensors file, as FILE or FILE:TOKEN; may be repeated."""
     out: Annotated[Path, FLAG] = Path("pictures")
     """Folder for the pictures."""
     device: Annotated[str | None, FLAG] = None

@@ -9,16 +9,23 @@ import torch
 from torch import Tensor
 
 
-def guided(unet: Any, noised: Tensor, timesteps: Tensor, states: Tensor, guidance: float | Tensor) -> Tensor:
+def guided(
+    unet: Any, noised: Tensor, timesteps: Tensor, states: Tensor, guidance: float | Tensor, rescale: float = 0.0
+) -> Tensor:
     """What a U-Net answers without the caption, and from there towards it (Ho and Salimans 2207.12598, equation 6).
 
     noised (N, C, h, w), timesteps () or (N,), states (2N, L, D): those without the captions first; guidance a scale, or
-    one for each image (N, 1, 1, 1) -> (N, C, h, w). Both passes share a batch.
+    one for each image (N, 1, 1, 1) -> (N, C, h, w). Both passes share a batch. `rescale`, from 0 to 1, is the share of
+    the answer that is brought back to the deviation it has with the caption (Lin et al. 2305.08891, section 3.4).
     """
     twice = torch.cat([timesteps, timesteps]) if timesteps.ndim else timesteps
     predicted = unet(torch.cat([noised, noised]), twice, encoder_hidden_states=states, return_dict=False)[0]
     without, towards = predicted.chunk(2)  # (N, C, h, w) each
     answer: Tensor = without + guidance * (towards - without)
+    if rescale:
+        over = tuple(range(1, answer.ndim))
+        deviations = towards.std(over, keepdim=True) / answer.std(over, keepdim=True)  # (N, 1, 1, 1)
+        answer = rescale * (answer * deviations) + (1 - rescale) * answer
     return answer
 
 

@@ -14,6 +14,7 @@ from limner.diffusion.guidance import embedding as guidance_embedding
 from limner.diffusion.guidance import guided, is_folded
 from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
+from limner.generation.prompts import Piece
 from limner.models import vae as vaes
 
 if TYPE_CHECKING:
@@ -25,22 +26,51 @@ OnStep = Callable[[int], None]
 
 @torch.no_grad()
 def encode_prompts(text_encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token states of prompts -> (N, L, D).
+    """Token states of captions, every character of which is itself -> (N, L, D).
 
-    L is 77 for CLIP. When the longest prompt needs k pieces (see `prompts.chunks`), each piece is encoded by itself
-    and their states stand one behind the other, L = 77k; shorter prompts are filled up with empty pieces.
+    L is 77 for CLIP. When the longest caption needs k pieces (see `prompts.chunks`), each piece is encoded by itself
+    and their states stand one behind the other, L = 77k; shorter ones are filled up with empty pieces.
     """
     length = texts.length_of(text_encoder, tokenizer)
-    cut = [texts.chunks(texts.token_ids(tokenizer, prompt), length) for prompt in prompts]
+    return _encode(text_encoder, tokenizer, [texts.plain(tokenizer, prompt, length) for prompt in prompts])
+
+
+@torch.no_grad()
+def encode_weighted(text_encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Token states of prompts in the notation of `language` -> (N, L, D), L as in `encode_prompts`.
+
+    States are multiplied with the weights of their tokens, and all of a piece then scaled to the mean that they had, as
+    stable-diffusion-webui (A1111) does by default: in its notation prompts go round, and weights mean in it what they
+    are tuned for. A piece without weights is as `encode_prompts` has it, bit for bit. Raises ConfigError as
+    `language.parse`.
+    """
+    length = texts.length_of(text_encoder, tokenizer)
+    return _encode(text_encoder, tokenizer, [texts.weighted(tokenizer, prompt, length) for prompt in prompts])
+
+
+def _encode(text_encoder: Any, tokenizer: Any, cut: Sequence[Sequence[Piece]]) -> Tensor:
+    """Token states of N texts, each cut into pieces -> (N, L, D)."""
+    length = texts.length_of(text_encoder, tokenizer)
     most = max(map(len, cut))
-    pieces = [piece for own in cut for piece in [*own, *[[]] * (most - len(own))]]
-    rows, masks = texts.framed(pieces, tokenizer, length)
+    pieces = [piece for own in cut for piece in [*own, *[Piece([], [])] * (most - len(own))]]
+    rows, masks = texts.framed([piece.ids for piece in pieces], tokenizer, length)
     device = text_encoder.device
     ids = torch.tensor(rows, device=device)  # (N k, 77)
     # As in Diffusers' pipeline: attention sees the padding unless the text encoder was trained otherwise.
     mask = torch.tensor(masks, device=device) if getattr(text_encoder.config, "use_attention_mask", False) else None
     states: Tensor = text_encoder(ids, attention_mask=mask)[0]  # (N k, 77, D)
-    return states.reshape(len(prompts), most * length, -1)  # (N, L, D)
+    for i, piece in enumerate(pieces):
+        if any(weight != 1 for weight in piece.weights):
+            states[i] = _weigh(states[i], piece.weights)
+    return states.reshape(len(cut), most * length, -1)  # (N, L, D)
+
+
+def _weigh(states: Tensor, weights: Sequence[float]) -> Tensor:
+    """States of one piece (77, D) multiplied with the weights of the tokens behind the first, the mean as before."""
+    factors = states.new_ones(len(states), 1, dtype=torch.float32)  # (77, 1)
+    factors[1 : len(weights) + 1, 0] = torch.tensor(weights)
+    weighed = states.float() * factors  # (77, D)
+    return (weighed * (states.float().mean() / weighed.mean())).to(states)
 
 
 def generators(seeds: Sequence[int]) -> list[Generator]:
@@ -63,6 +93,7 @@ def denoise(
     *,
     steps: int,
     guidance: float,
+    guidance_rescale: float = 0.0,
     negative_states: Tensor | None = None,
     generators: Sequence[Generator] | None = None,
     on_step: OnStep | None = None,
@@ -71,9 +102,9 @@ def denoise(
 
     latents (N, C, h, w), states and negative_states (N, L, D) -> (N, C, h, w). At guidance 1, and where the U-Net
     takes the scale as an input, the negative states are not needed and each step is one pass; otherwise both passes
-    share a batch. Schedulers that add noise of their own draw it from `generators`, one an image, or from torch's
-    global generator without them. `scheduler` is left as it was. Raises ConfigError where the scheduler can't take
-    that many steps.
+    share a batch, and `guidance_rescale` is the `rescale` of `guided`. Schedulers that add noise of their own draw it
+    from `generators`, one an image, or from torch's global generator without them. `scheduler` is left as it was.
+    Raises ConfigError where the scheduler can't take that many steps.
     """
     scheduler = copy.deepcopy(scheduler)
     try:
@@ -96,7 +127,7 @@ def denoise(
         if folded or guidance <= 1:
             predicted = unet(given, t, encoder_hidden_states=states, timestep_cond=embedding, return_dict=False)[0]
         else:
-            predicted = guided(unet, given, t, states, guidance)
+            predicted = guided(unet, given, t, states, guidance, guidance_rescale)
         latents = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
         if on_step is not None:  # some schedulers have more timesteps than steps
             of = len(scheduler.timesteps)
@@ -115,6 +146,7 @@ def draw(
     shape: Sequence[int],
     steps: int,
     guidance: float,
+    guidance_rescale: float = 0.0,
     negative_states: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -131,6 +163,7 @@ def draw(
         states,
         steps=steps,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         negative_states=negative_states,
         generators=sources,
         on_step=on_step,

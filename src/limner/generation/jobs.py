@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from limner.diffusion import samplers
 from limner.errors import ConfigError, ModelError
+from limner.generation import language
 from limner.generation import prompts as texts
-from limner.models import hub, loading
+from limner.models import hub, inversion, loading
+from limner.models.inversion import Inversion
 from limner.models.lora import Lora, find
 
 STABLE_DIFFUSION = {
@@ -45,6 +48,8 @@ class Spec:
     """Width and height in pixels. Like steps and guidance: what it draws with when not told; None is the pipeline's."""
     factor: int
     """Both sides of a picture are multiples of this; 1 where only the pipeline knows."""
+    scheduler: Mapping[str, Any] | None = None
+    """The configuration of the scheduler that it draws with when not told; None where only the pipeline knows."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ class Job:
     guidance: float | None
     width: int | None
     height: int | None
+    scheduler: str | None = None
+    """A name of `samplers`; None is the model's own."""
+    guidance_rescale: float = 0.0
+    """How much of guidance's contrast is taken back, from 0 to 1."""
+    template: str | None = None
+    """The prompt with its alternatives, where it had some."""
+    negative_template: str | None = None
 
 
 def read_spec(ref: str, folder: Path | None = None) -> Spec:
@@ -73,11 +85,12 @@ def read_spec(ref: str, folder: Path | None = None) -> Spec:
     )
     parts = tuple(STABLE_DIFFUSION) if own_loop else tuple(listed)
     steps, guidance = _defaults(folder)
-    size, factor = None, 1
+    size, factor, scheduler = None, 1, None
     if own_loop:
+        scheduler = loading.read_config(loading.component(str(folder), "scheduler") / "scheduler_config.json")
         steps, guidance = steps or STEPS, guidance or GUIDANCE
         size, factor = _size_and_factor(folder)
-    return Spec(ref, folder, index["_class_name"], parts, own_loop, steps, guidance, size, factor)
+    return Spec(ref, folder, index["_class_name"], parts, own_loop, steps, guidance, size, factor, scheduler)
 
 
 def _size_and_factor(folder: Path) -> tuple[tuple[int, int], int]:
@@ -115,6 +128,15 @@ def read_loras(spec: Spec, texts: Sequence[str]) -> tuple[Lora, ...]:
     return tuple(find(text) for text in texts)
 
 
+def read_embeddings(spec: Spec, texts: Sequence[str]) -> tuple[Inversion, ...]:
+    """The textual inversions to draw with, each FILE or FILE:TOKEN. Raises as `inversion.find` does."""
+    if texts and not spec.own_loop:
+        raise ModelError(
+            f"{spec.ref} is a {spec.pipeline}; an embedding can be added to Stable Diffusion 1 and 2 only."
+        )
+    return tuple(inversion.find(text) for text in texts)
+
+
 def make_jobs(
     spec: Spec,
     prompts: Sequence[str],
@@ -125,10 +147,13 @@ def make_jobs(
     guidance: float | None = None,
     negative: str = "",
     size: str | int | None = None,
+    scheduler: str | None = None,
+    guidance_rescale: float = 0.0,
 ) -> list[Job]:
     """The pictures to draw: `n` a prompt with the seeds `seed`, `seed + 1`, ...; what is None is the model's own.
 
-    `size` is SIDE or WIDTHxHEIGHT. Raises ConfigError where a setting is out of range or the size doesn't fit.
+    `size` is SIDE or WIDTHxHEIGHT, `scheduler` a name of `samplers`; of a prompt's alternatives each picture has one
+    (`language.chosen`). Raises ConfigError where a setting is out of range, or size or scheduler don't fit.
     """
     if n < 1:
         raise ConfigError(f"n must be 1 or more, not {n}.")
@@ -138,12 +163,30 @@ def make_jobs(
     guidance = spec.guidance if guidance is None else guidance
     _check_numbers(steps, guidance)
     width, height = (spec.size or (None, None)) if size is None else _fitting(size, spec.factor)
+    if not 0 <= guidance_rescale <= 1:
+        raise ConfigError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale}.")
+    if scheduler is not None:
+        scheduler = samplers.checked(scheduler, spec.scheduler or {})
+    settings = Job("", "", 0, steps, guidance, width, height, scheduler, guidance_rescale)
     negative = texts.checked_negative(negative)
-    return [
-        Job(texts.checked(prompt), negative, seed + i, steps, guidance, width, height)
-        for prompt in prompts
-        for i in range(n)
-    ]
+    return [_worded(settings, texts.checked(prompt), negative, seed + i) for prompt in prompts for i in range(n)]
+
+
+def _worded(settings: Job, template: str, negative_template: str, seed: int) -> Job:
+    """The job for a seed, with what it says of the alternatives in its prompts. Raises ConfigError."""
+    prompt, negative = (language.chosen(text, seed) for text in (template, negative_template))
+    if not prompt.strip():
+        raise ConfigError(f"The prompt {template!r} says nothing with seed {seed}; give each alternative words.")
+    for text in (prompt, negative):
+        language.parse(text)
+    return replace(
+        settings,
+        prompt=prompt,
+        negative=negative,
+        seed=seed,
+        template=None if template == prompt else template,
+        negative_template=None if negative_template == negative else negative_template,
+    )
 
 
 def _check_numbers(steps: int | None, guidance: float | None) -> None:

@@ -17,8 +17,9 @@ from limner import artifacts
 from limner.errors import ConfigError
 from limner.generation import painters, provenance
 from limner.generation.engine import OnStep
-from limner.generation.jobs import Job, Spec, make_jobs, read_loras, read_spec
-from limner.models import lora
+from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec
+from limner.models import inversion, lora
+from limner.models.inversion import Inversion
 from limner.models.lora import Lora
 
 if TYPE_CHECKING:
@@ -56,28 +57,40 @@ class Pictures:
 class Model:
     """A text-to-image model on a device."""
 
-    def __init__(self, spec: Spec, device: str | None = None, loras: Sequence[Lora] = ()) -> None:
-        """Load what `spec` describes, and add LoRAs to it.
+    def __init__(
+        self,
+        spec: Spec,
+        device: str | None = None,
+        loras: Sequence[Lora] = (),
+        embeddings: Sequence[Inversion] = (),
+    ) -> None:
+        """Load what `spec` describes, and add LoRAs and textual inversions to it.
 
-        Raises ModelError, also where a LoRA doesn't fit, or ConfigError for a device that is not there.
+        Raises ModelError, also where one of those doesn't fit, or ConfigError for a device that is not there.
         """
         self.spec = spec
         self.device = choose_device(device)
         self.loras = loras
+        self.embeddings = embeddings
         self.painter = painters.new(spec, self.device)
         if loras:
             assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_loras` makes sure
             lora.fuse(loras, {"unet": self.painter.unet, "text_encoder": self.painter.text_encoder})
+        if embeddings:
+            assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_embeddings` makes sure
+            inversion.add(embeddings, self.painter.tokenizer, self.painter.text_encoder)
 
     @classmethod
-    def load(cls, ref: str, device: str | None = None, loras: Sequence[str] = ()) -> Self:
+    def load(
+        cls, ref: str, device: str | None = None, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
+    ) -> Self:
         """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one; add LoRAs, each FILE or
-        FILE:WEIGHT.
+        FILE:WEIGHT, and textual inversions, each FILE or FILE:TOKEN.
 
-        Raises as `Model` does, and where a LoRA can't be read.
+        Raises as `Model` does, and where one of those can't be read.
         """
         spec = read_spec(ref)
-        return cls(spec, device, read_loras(spec, loras))
+        return cls(spec, device, read_loras(spec, loras), read_embeddings(spec, embeddings))
 
     def __call__(
         self,
@@ -89,15 +102,18 @@ class Model:
         guidance: float | None = None,
         negative: str = "",
         size: str | int | None = None,
+        scheduler: str | None = None,
+        guidance_rescale: float = 0.0,
         batch_size: int = 8,
         on_step: OnStep | None = None,
     ) -> Pictures:
         """Draw `n` pictures a prompt, with the seeds `seed`, `seed + 1`, ...
 
-        steps, guidance and size (SIDE or "WIDTHxHEIGHT", in pixels) are the model's own when left out; guidance 1 is
-        off. A prompt and a seed make one picture, whatever is drawn beside it: bit for bit on a CPU, and but for
-        rounding on a GPU, whose sums depend on the batch in their last bits. Raises ConfigError for a setting that
-        doesn't fit.
+        Prompts may have weights and alternatives (`limner.generation.language`). steps, guidance, size (SIDE or
+        "WIDTHxHEIGHT", in pixels) and scheduler (a name of `limner.diffusion.samplers`) are the model's own when left
+        out; guidance 1 is off, and guidance_rescale, from 0 to 1, takes some of its contrast back. A prompt and a seed
+        make one picture, whatever is drawn beside it: bit for bit on a CPU, and but for rounding on a GPU, whose sums
+        depend on the batch in their last bits. Raises ConfigError for a setting that doesn't fit.
         """
         jobs = make_jobs(
             self.spec,
@@ -108,6 +124,8 @@ class Model:
             guidance=guidance,
             negative=negative,
             size=size,
+            scheduler=scheduler,
+            guidance_rescale=guidance_rescale,
         )
         return Pictures(tuple(self.draw(jobs, batch_size=batch_size, on_step=on_step)))
 
@@ -120,13 +138,14 @@ class Model:
         jobs = self.settle(jobs)
         for job, image in zip(jobs, self.painter.paint(jobs, batch_size, on_step)):
             drawn = replace(job, width=image.width, height=image.height)
-            yield Picture(image, provenance.make_record(drawn, self.facts, self.device_facts))
+            facts = {**self.facts, "scheduler": _configuration(painters.scheduler_for(self.painter, job))}
+            yield Picture(image, provenance.make_record(drawn, facts, self.device_facts))
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """The model for a picture's record: name, scheduler, LoRAs, the sha256 of each weight file and of all together.
+        """The model for a picture's record: name, scheduler, what is added, the sha256 of each weight file and of all.
 
-        LoRAs have their own sha256; that of all together is the model's without them.
+        LoRAs and textual inversions have their own sha256; that of all is the model's without them.
         """
         weights = {
             f"{part}/{name}": digest
@@ -134,17 +153,19 @@ class Model:
             for name, digest in artifacts.sha256_folder(self.spec.folder / part, "*.safetensors").items()
         }
         together = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in weights.items()).encode())
-        # Infinity, which some schedulers have, is not JSON
-        scheduler = json.loads(self.painter.scheduler.to_json_string(), parse_constant=str)
         return {
             "ref": self.spec.ref,
             "pipeline": self.spec.pipeline,
-            "scheduler": scheduler,
+            "scheduler": _configuration(self.painter.scheduler),
             "weights": weights,
             "sha256": together.hexdigest(),
             "loras": [
                 {"ref": added.ref, "sha256": artifacts.sha256(added.file), "weight": added.weight}
                 for added in self.loras
+            ],
+            "embeddings": [
+                {"ref": added.ref, "sha256": artifacts.sha256(added.file), "token": added.token}
+                for added in self.embeddings
             ],
         }
 
@@ -153,6 +174,12 @@ class Model:
         """The device for a picture's record."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return {"type": self.device.type, "name": name, "threads": torch.get_num_threads()}
+
+
+def _configuration(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's settings as JSON has them, which doesn't know infinity."""
+    settings: dict[str, Any] = json.loads(scheduler.to_json_string(), parse_constant=str)
+    return settings
 
 
 def choose_device(name: str | None) -> torch.device:

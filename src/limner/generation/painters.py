@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from limner.diffusion import samplers
 from limner.diffusion.guidance import is_folded
 from limner.errors import ConfigError, ModelError
+from limner.generation import language
 from limner.generation import prompts as texts
-from limner.generation.engine import OnStep, draw, encode_prompts, to_images
+from limner.generation.engine import OnStep, draw, encode_weighted, to_images
 from limner.generation.jobs import GUIDANCE, STEPS, Job, Spec
 from limner.models import hub, loading
 
@@ -27,6 +29,7 @@ class Painter(Protocol):
     """What turns jobs into pictures."""
 
     scheduler: Any
+    """The model's own."""
 
     def settle(self, job: Job) -> Job:
         """The job with the settings that were left to the painter. Raises ConfigError where it can't be drawn."""
@@ -50,9 +53,7 @@ class LatentDiffusion:
         self.device = device
         if not hasattr(self.scheduler, "init_noise_sigma"):  # Diffusers' own pipeline fails on these too
             raise ModelError(f"The {type(self.scheduler).__name__} of {spec.ref} is not for a StableDiffusionPipeline.")
-        # Diffusers' StableDiffusionPipeline overrides these two settings of any scheduler that has them.
-        overridden = {"steps_offset": 1, "clip_sample": False}
-        self.scheduler.register_to_config(**{k: v for k, v in overridden.items() if k in self.scheduler.config})
+        samplers.as_in_stable_diffusion(self.scheduler)
 
     def settle(self, job: Job) -> Job:
         """The job as it is: the model's files name all settings, and any prompt fits, cut into pieces."""
@@ -82,13 +83,14 @@ class LatentDiffusion:
         states, negative_states = self._states(jobs)  # (N, L, D) each
         pixels = draw(
             self.unet,
-            self.scheduler,
+            scheduler_for(self, first),
             self.vae,
             states,
             seeds=[job.seed for job in jobs],
             shape=self._latent_shape(first),
             steps=first.steps,
             guidance=first.guidance,
+            guidance_rescale=first.guidance_rescale,
             negative_states=negative_states,
             on_step=on_step and (lambda done: on_step(done * len(jobs))),
         )  # (N, 3, H, W)
@@ -102,7 +104,7 @@ class LatentDiffusion:
         return pairs[:, 1], pairs[:, 0]
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
-        return encode_prompts(self.text_encoder, self.tokenizer, prompts)
+        return encode_weighted(self.text_encoder, self.tokenizer, prompts)
 
     def _two_passes(self, job: Job) -> bool:
         return job.guidance != 1 and not is_folded(self.unet)
@@ -116,8 +118,16 @@ class LatentDiffusion:
         """Equal for jobs that can share a batch: the same settings, and prompts cut into as many pieces."""
         length = texts.length_of(self.text_encoder, self.tokenizer)
         prompts = [job.prompt, job.negative] if self._two_passes(job) else [job.prompt]
-        pieces = max(len(texts.chunks(texts.token_ids(self.tokenizer, prompt), length)) for prompt in prompts)
-        return pieces, replace(job, prompt="", negative="", seed=0)
+        pieces = max(len(texts.weighted(self.tokenizer, prompt, length)) for prompt in prompts)
+        return pieces, replace(job, prompt="", negative="", seed=0, template=None, negative_template=None)
+
+
+PIPELINE_OPTIONS = {
+    "negative": "negative_prompt",
+    "guidance": "guidance_scale",
+    "guidance_rescale": "guidance_rescale",
+}
+"""What Diffusers' pipelines call our settings."""
 
 
 class Pipeline:
@@ -150,9 +160,15 @@ class Pipeline:
 
     def settle(self, job: Job) -> Job:
         """Steps and guidance are the pipeline's own when left out; a prompt that it would cut is refused."""
-        for option, given in (("negative_prompt", job.negative), ("guidance_scale", job.guidance)):
-            if given and option not in self.takes:
-                raise ConfigError(f"{self.name} has no {option.split('_')[0]} setting; leave it out for this model.")
+        given = {"negative": job.negative, "guidance": job.guidance, "guidance_rescale": job.guidance_rescale}
+        for setting, value in given.items():
+            if value and PIPELINE_OPTIONS[setting] not in self.takes:
+                raise ConfigError(f"{self.name} has no {setting} setting; leave it out for this model.")
+        if any(map(language.marked, (job.prompt, job.negative))):
+            raise ConfigError(
+                f"{self.name} reads prompts as they are; leave weights such as (word:1.3) and BREAK out for this model."
+            )
+        scheduler_for(self, job)
         if not self._reads_whole(job.prompt):
             raise ConfigError(f"The prompt {job.prompt[:40]!r}... is longer than {self.name} reads; shorten it.")
         steps = job.steps or self._default("num_inference_steps") or STEPS
@@ -174,10 +190,12 @@ class Pipeline:
             "negative_prompt": job.negative or None,
             "num_inference_steps": job.steps,
             "guidance_scale": job.guidance,
+            "guidance_rescale": job.guidance_rescale,
             "width": job.width,
             "height": job.height,
             "generator": torch.Generator("cpu").manual_seed(job.seed),
         }
+        self.pipeline.scheduler = scheduler_for(self, job)
         try:
             image: Image = self.pipeline(**{k: v for k, v in wanted.items() if k in self.takes}).images[0]
         except ValueError as error:
@@ -209,6 +227,11 @@ def _enough_memory(jobs: Sequence[Job]) -> Iterator[None]:
             raise
         what = f"{len(jobs)} of {jobs[0].width}x{jobs[0].height} at once" if len(jobs) > 1 else "a picture of this size"
         raise ConfigError(f"The memory is too small for {what}; choose a smaller --size or batch_size.") from None
+
+
+def scheduler_for(painter: Painter, job: Job) -> Any:
+    """What the painter draws a job with. Raises ConfigError where a scheduler of that name doesn't fit the model."""
+    return painter.scheduler if job.scheduler is None else samplers.named(job.scheduler, painter.scheduler)
 
 
 def new(spec: Spec, device: torch.device) -> Painter:

@@ -5,9 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from limner.errors import ConfigError
+from limner.generation import language
+from limner.models import inversion
+
+T = TypeVar("T")
+
+
+class Piece(NamedTuple):
+    """Tokens that the text encoder reads at once, without those that mark begin and end."""
+
+    ids: list[int]
+    weights: list[float]
+    """What the token states are multiplied with, one a token."""
 
 
 def checked(prompt: str) -> str:
@@ -63,16 +75,38 @@ def length_of(text_encoder: Any, tokenizer: Any) -> int:
     return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
 
 
-def token_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a prompt, however long, without those that mark its begin and end."""
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, however long, without those that mark its begin and end.
+
+    A token that textual inversion added in several vectors becomes as many, as `models.inversion` names them.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return inversion.spread(tokenizer, ids)
 
 
-def chunks(ids: Sequence[int], length: int) -> list[list[int]]:
-    """Tokens in order, `length - 2` a piece, so that begin and end fit around each. No tokens make one empty piece."""
+def chunks(ids: Sequence[T], length: int) -> list[list[T]]:
+    """Tokens, or their weights, in order, `length - 2` a piece, so that begin and end fit around each.
+
+    No tokens make one empty piece.
+    """
     room = length - 2
     return [list(ids[i : i + room]) for i in range(0, max(len(ids), 1), room)]
+
+
+def plain(tokenizer: Any, text: str, length: int) -> list[Piece]:
+    """The pieces of a caption, every character of which is itself."""
+    return [Piece(ids, [1.0] * len(ids)) for ids in chunks(token_ids(tokenizer, text), length)]
+
+
+def weighted(tokenizer: Any, prompt: str, length: int) -> list[Piece]:
+    """The pieces of a prompt in the notation of `language`. Raises ConfigError as `language.parse`."""
+    pieces = []
+    for part in language.parse(prompt):
+        cut = [(token_ids(tokenizer, span.text), span.weight) for span in part]
+        ids = [token for own, _ in cut for token in own]
+        weights = [weight for own, weight in cut for _ in own]
+        pieces += [Piece(*both) for both in zip(chunks(ids, length), chunks(weights, length))]
+    return pieces
 
 
 def framed(pieces: Sequence[Sequence[int]], tokenizer: Any, length: int) -> tuple[list[list[int]], list[list[int]]]:

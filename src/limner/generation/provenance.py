@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner.artifacts import atomic_file
+from limner.diffusion import samplers
 from limner.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def parameters(record: dict[str, Any]) -> str:
     model = record["model"]
     settings = {
         "Steps": record["steps"],
-        "Sampler": model["scheduler"]["_class_name"].removesuffix("Scheduler"),
+        "Sampler": samplers.label(record["scheduler"], model["scheduler"]),
         "CFG scale": f"{record['guidance']:g}",
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
@@ -53,6 +54,14 @@ def parameters(record: dict[str, Any]) -> str:
     }
     if added := [f"{Path(lora['ref']).name}:{lora['weight']:g}" for lora in model["loras"]]:
         settings["Loras"] = ", ".join(added)
+    if added := [f"{embedding['token']}: {embedding['sha256'][:12]}" for embedding in model["embeddings"]]:
+        settings["TI hashes"] = ", ".join(added)
+    optional = {
+        "CFG rescale": record["guidance_rescale"],
+        "Template": record["template"],
+        "Negative Template": record["negative_template"],
+    }
+    settings |= {name: value for name, value in optional.items() if value}
     line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items())
     negative = [f"Negative prompt: {record['negative']}"] if record["negative"] else []
     return "\n".join([record["prompt"], *negative, line])

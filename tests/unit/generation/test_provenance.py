@@ -29,6 +29,7 @@ MODEL: dict[str, Any] = {
     "weights": {"unet/a.safetensors": "0" * 64},
     "sha256": "abcdef" + "0" * 58,
     "loras": [],
+    "embeddings": [],
 }
 DEVICE = {"type": "cpu", "name": "x86_64", "threads": 2}
 IMAGE = Image.new("RGB", (16, 16), "red")

@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
+from limner.diffusion.samplers import SAMPLERS, fitting
 from limner.generation import provenance
 from limner.serving.access import From
 from limner.serving.answers import documented
@@ -51,12 +52,20 @@ class Txt2Img(BaseModel):
     height: Annotated[int, Field(ge=1, le=8192)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 1
     n_iter: Annotated[int, Field(ge=1)] = 1
+    sampler_name: str | None = None
+    """One of /sdapi/v1/samplers, or a name that `limner generate --scheduler` takes; the model's own without."""
+    sampler_index: str | None = None
+    """The same under an older name."""
+    scheduler: str | None = None
+    """`Karras` for the sampler with those noise levels; others are without effect."""
     send_images: bool = True
     override_settings: Overrides = Overrides()
 
     def to_job(self) -> JobRequest:
         """The same, as a job."""
         both = self.width and self.height
+        sampler = self.sampler_name or self.sampler_index or None
+        karras = (self.scheduler or "").lower() == "karras"
         return JobRequest(
             prompt=self.prompt,
             negative=self.negative_prompt or "",
@@ -66,6 +75,7 @@ class Txt2Img(BaseModel):
             steps=self.steps,
             guidance=self.cfg_scale,
             size=f"{self.width}x{self.height}" if both else None,
+            scheduler=f"{sampler} Karras" if sampler and karras else sampler,
         )
 
 
@@ -199,9 +209,11 @@ def set_options(given: Overrides, service: Served, client: From) -> None:
 
 
 @routes.get("/samplers", responses=documented())
-def samplers(service: Served) -> list[Named]:
-    """The samplers that a request may name."""
-    return [Named(name="default", aliases=[], options={})]
+def samplers(service: Served, client: From) -> list[Named]:
+    """The samplers that fit this client's model."""
+    spec = service.specs[service.model_name(service.chosen.get(client.owner))]
+    fit = fitting(spec.scheduler) if spec.scheduler else []
+    return [Named(name=SAMPLERS[name].label, aliases=[name], options={}) for name in fit]
 
 
 @routes.get("/sd-models", responses=documented())

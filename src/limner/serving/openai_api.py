@@ -50,6 +50,8 @@ class GenerationRequest(BaseModel):
     """Limner's: how strongly the prompt is followed; 1 is off."""
     negative_prompt: str | None = None
     """Limner's: what the pictures should not show."""
+    scheduler: str | None = None
+    """Limner's: by its name, as euler_a or dpmpp_2m_karras."""
 
     def to_job(self) -> JobRequest:
         """The same, as a job."""
@@ -62,6 +64,7 @@ class GenerationRequest(BaseModel):
             steps=self.steps,
             guidance=self.guidance,
             size=None if self.size == "auto" else self.size,
+            scheduler=self.scheduler,
         )
 
 

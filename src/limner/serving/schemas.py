@@ -34,6 +34,10 @@ class JobRequest(BaseModel):
     """How strongly the prompt is followed; 1 is off."""
     size: str | None = None
     """Pixels as SIDE or WIDTHxHEIGHT."""
+    scheduler: str | None = None
+    """By its name, as euler_a or dpmpp_2m_karras."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0
+    """How much of guidance's contrast is taken back."""
 
 
 class ImageView(BaseModel):

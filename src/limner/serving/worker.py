@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,12 +60,14 @@ def to_draw(spec: Spec, request: JobRequest) -> list[Job]:
         guidance=request.guidance,
         negative=request.negative,
         size=request.size,
+        scheduler=request.scheduler,
+        guidance_rescale=request.guidance_rescale,
     )
 
 
 def shape_of(model: str, job: Job) -> str:
-    """Equal for pictures that may be drawn together."""
-    return f"{model} {replace(job, prompt='', negative='', seed=0)}"
+    """Equal for pictures that may be drawn together; what else keeps them apart, their painter knows."""
+    return f"{model} {job.steps} {job.guidance} {job.width}x{job.height} {job.scheduler}"
 
 
 class Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,17 +21,16 @@ def run(config: TokenConfig) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"Tokens need {error.name}; install with: pip install 'limner[serve]'.") from None
 
-    store = Store(config.out, config.database)
-    if config.action == "add":
-        token = new_token()
-        store.add_token(config.name, digest(token))
-        print(token)
-    elif config.action == "remove":
-        if not store.remove_token(config.name):
+    with closing(Store(config.out, config.database)) as store:
+        if config.action == "add":
+            token = new_token()
+            store.add_token(config.name, digest(token))
+            print(token)
+        elif config.action == "list":
+            for row in store.tokens():
+                print(f"{row.name}  since {datetime.fromtimestamp(row.created, UTC):%Y-%m-%d %H:%M} UTC")
+        elif not store.remove_token(config.name):
             raise RunError(f"There is no token for {config.name}; limner token list shows those there are.")
-    else:
-        for row in store.tokens():
-            print(f"{row.name}  since {datetime.fromtimestamp(row.created, UTC):%Y-%m-%d %H:%M} UTC")
 
 
 def plan(config: TokenConfig) -> dict[str, Any]:

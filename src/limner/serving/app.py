@@ -46,11 +46,21 @@ def create_app(service: Service) -> FastAPI:
     for part in (jobs_api, openai_api, a1111_api):
         app.include_router(part.routes, dependencies=[BEARER])
     _add_signs_of_life(app, service)
+    _add_page(app, service)
     local = is_this_machine(config.host)
     needs_token = not local if config.require_tokens is None else config.require_tokens
     app.add_middleware(Gate, store=service.store, local=local, needs_token=needs_token)
     app.add_middleware(Observer, metrics=service.metrics)
     return app
+
+
+def _add_page(app: FastAPI, service: Service) -> None:
+    try:
+        from limner.serving import page
+    except ModuleNotFoundError as error:  # programs can do without
+        log.warning("no page: %s is missing; pip install 'limner[serve]' brings it", error.name)
+        return
+    page.mount(app, service)
 
 
 def _add_signs_of_life(app: FastAPI, service: Service) -> None:

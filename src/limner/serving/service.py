@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +63,8 @@ class Service:
         self.chosen: dict[str, str] = {}
         """The model that an owner chose for requests that name none, as A1111's clients do."""
         self.draining = False
+        self.on_drain: list[Callable[[], None]] = []
+        """What else is to end when the server is told to."""
 
     def start(self) -> None:
         """Begin to draw what is queued."""
@@ -73,6 +75,8 @@ class Service:
         self.draining = True
         self.worker.drain()
         self.changes.tell_all()
+        for end in self.on_drain:
+            end()
 
     def stop(self) -> None:
         """Finish what is being drawn, or hand it back after `config.drain` seconds, and let go of everything."""

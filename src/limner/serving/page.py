@@ -1,0 +1,345 @@
+"""The page for people: it makes jobs as every client does, and shows them from the store.
+
+Gradio draws it. Nothing in it asks another host: fonts are the system's, and analytics, sharing and the history that
+Gradio would keep are off. Pictures come from /v1/images, behind the same gate as everything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
+
+from limner.diffusion.samplers import SAMPLERS, fitting
+from limner.errors import UserError
+from limner.generation.jobs import MOST_PIXELS_A_SIDE, Spec
+from limner.serving import easel
+from limner.serving.access import client_of
+from limner.serving.easel import Easel
+from limner.serving.schemas import JobRequest, JobView
+from limner.serving.service import Draining, Service
+from limner.serving.store import QueueFull
+from limner.serving.tables import OPEN
+
+PATH = "/page"
+PROMPT = "A golden retriever playing in a field."
+PACE = 0.15  # seconds between two looks of a job that is being drawn
+EARLIER = 40  # jobs whose pictures the gallery shows, and how many more "Show older" brings
+MODELS_OWN = "the model's own"
+
+Update = dict[Any, Any]
+
+
+def mount(app: FastAPI, service: Service) -> None:
+    """Put the page at `PATH`, and lead people from / to it."""
+
+    @app.get("/", include_in_schema=False)
+    def to_the_page() -> RedirectResponse:
+        return RedirectResponse(f"{PATH}/")
+
+    gr.mount_gradio_app(
+        app,
+        Page(service).blocks,
+        PATH,
+        footer_links=[],
+        run_history=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        show_error=False,  # what people may read, the page says itself
+        max_file_size=service.config.max_upload,
+        theme=gr.themes.Base(
+            primary_hue="teal",
+            neutral_hue="stone",
+            radius_size="md",
+            font=["system-ui", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
+        ),
+        css_paths=Path(__file__).with_name("page.css"),
+    )
+    gradio_app = app.routes[-1].app  # type: ignore[attr-defined]
+    # Open pages hold a stream, which would keep a server that is to end from doing so
+    service.on_drain.append(gradio_app.stop_event.set)
+
+
+class Page:
+    """What the page consists of, and what happens on it."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        with gr.Blocks(title="Limner", analytics_enabled=False) as self.blocks:
+            gr.HTML("<header><h1>Limner</h1><p>Say what you would like to see.</p></header>")
+            with gr.Row(elem_id="studio"):
+                with gr.Column(scale=2, min_width=300, elem_id="controls"):
+                    self._add_controls()
+                with gr.Column(scale=3, min_width=300):
+                    self.easel = gr.HTML(easel.EMPTY, elem_id="easel")
+            self._add_gallery()
+            self._connect()
+
+    # What there is
+
+    def _add_controls(self) -> None:
+        config, spec = self.service.config, self._spec(None)
+        names = list(self.service.specs)
+        self.prompt = gr.Textbox(
+            PROMPT, label="Prompt", lines=1, max_lines=6, max_length=config.max_prompt, autofocus=True, elem_id="prompt"
+        )
+        with gr.Row(equal_height=True, elem_id="go"):
+            self.begin = gr.Button("Draw", variant="primary", elem_id="draw", scale=2)
+            self.cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel", scale=2)
+        with gr.Row(elem_classes="numbers"):
+            self.n = gr.Number(1, label="Pictures", precision=0, minimum=1, maximum=config.max_count, min_width=90)
+            self.seed = gr.Textbox("", label="Seed", placeholder="by lot", max_length=19, min_width=90, elem_id="seed")
+        with gr.Accordion("More settings", open=False, elem_id="more"):
+            self.model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+            self.negative = gr.Textbox(
+                "", label="Without", placeholder="what should not be seen", max_length=config.max_prompt
+            )
+            with gr.Row(elem_classes="numbers"):
+                self.steps = gr.Number(
+                    spec.steps, label="Steps", precision=0, minimum=1, maximum=config.max_steps, min_width=90
+                )
+                self.guidance = gr.Number(
+                    spec.guidance, label="Guidance", minimum=1, maximum=100, step=0.5, min_width=90
+                )
+            with gr.Row(elem_classes="numbers"):
+                self.size = gr.Dropdown(
+                    _sizes(spec), value=_own_size(spec), label="Size", allow_custom_value=True, min_width=120
+                )
+                self.scheduler = gr.Dropdown(_schedulers(spec), value="", label="Scheduler", min_width=120)
+                self.rescale = gr.Number(
+                    0, label="Guidance rescale", minimum=0, maximum=1, step=0.1, min_width=120, elem_id="rescale"
+                )
+
+    def _add_gallery(self) -> None:
+        self.job = gr.State("")
+        self.jobs_shown = gr.State(EARLIER)
+        self.pictures: Any = gr.State([])  # of the gallery, in its order: settings with the picture's own seed
+        self.picked: Any = gr.State(None)
+        with gr.Column(visible=False, elem_id="earlier") as self.earlier:
+            gr.HTML("<h2>Earlier pictures</h2>")
+            with gr.Row(visible=False, elem_id="picked") as self.details:
+                self.facts = gr.HTML(elem_id="facts")
+                self.again = gr.Button("Use again", variant="secondary", elem_id="again", scale=0, min_width=140)
+            self.gallery = gr.Gallery(
+                show_label=False,
+                columns=6,
+                height="auto",
+                object_fit="cover",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                elem_id="gallery",
+            )
+            self.older = gr.Button("Show older", visible=False, variant="secondary", elem_id="older")
+
+    def _connect(self) -> None:
+        """Say what happens when. No event is an API of Gradio's: programs have /v1/jobs."""
+        quiet: dict[str, Any] = {
+            "api_visibility": "private",
+            "show_progress": "hidden",
+            "concurrency_limit": None,
+        }
+        settings = [
+            self.prompt,
+            self.negative,
+            self.model,
+            self.n,
+            self.seed,
+            self.steps,
+            self.guidance,
+            self.size,
+            self.scheduler,
+            self.rescale,
+        ]
+        followed = [self.easel, self.job, self.begin, self.cancel]
+        listed = [self.earlier, self.gallery, self.pictures, self.older, self.jobs_shown, self.details, self.picked]
+        loaded = self.blocks.load(self._resume, None, followed, **quiet)
+        self.blocks.load(self._list, self.jobs_shown, listed, **quiet)
+        loaded.then(self._list, self.jobs_shown, listed, **quiet)
+        drawn = gr.on(
+            [self.begin.click, self.prompt.submit, self.seed.submit, self.negative.submit],
+            self._draw,
+            settings,
+            followed,
+            trigger_mode="once",
+            cancels=[loaded],
+            **quiet,
+        )
+        drawn.then(self._list, self.jobs_shown, listed, **quiet)
+        self.cancel.click(self._cancel, self.job, None, **quiet)
+        self.model.input(self._defaults, self.model, [self.steps, self.guidance, self.size, self.scheduler], **quiet)
+        self.gallery.select(self._pick, self.pictures, [self.picked, self.facts, self.details], **quiet)
+        self.again.click(self._use_again, self.picked, settings, **quiet).then(
+            None, js="() => document.querySelector('#prompt textarea').focus()"
+        )
+        self.older.click(lambda shown: shown + EARLIER, self.jobs_shown, self.jobs_shown, **quiet).then(
+            self._list, self.jobs_shown, listed, **quiet
+        )
+
+    # What happens
+
+    async def _draw(
+        self,
+        prompt: str,
+        negative: str,
+        model: str,
+        n: int | None,
+        seed: str,
+        steps: int | None,
+        guidance: float | None,
+        size: str,
+        scheduler: str,
+        rescale: float | None,
+        request: gr.Request,
+    ) -> AsyncIterator[Update]:
+        """Make a job and follow it; say why where it can't be drawn."""
+        asked = {
+            "prompt": prompt,
+            "negative": negative,
+            "model": model,
+            "n": n or 1,
+            "seed": (seed or "").strip() or None,
+            "steps": steps,
+            "guidance": guidance,
+            "size": None if size in {"", MODELS_OWN, None} else size,
+            "scheduler": scheduler or None,
+            "guidance_rescale": rescale or 0,
+        }
+        try:
+            owner = client_of(request.request).owner
+            job = await run_in_threadpool(self.service.submit, JobRequest.model_validate(asked), owner)
+        except (ValidationError, UserError, QueueFull, Draining, SQLAlchemyError) as error:
+            yield {self.easel: easel.refused(_sentence(error))}
+            return
+        async for update in self._follow(job.id):
+            yield update
+
+    async def _resume(self, request: gr.Request) -> AsyncIterator[Update]:
+        """Show the newest job of whoever opens the page, and follow it if it has not ended."""
+        newest = await run_in_threadpool(self.service.listed, client_of(request.request).scope, limit=1)
+        if newest:
+            async for update in self._follow(newest[0].id):
+                yield update
+
+    async def _follow(self, id_: str) -> AsyncIterator[Update]:
+        """Show a job until it ends."""
+        shown, told = Easel(), 0.0
+        async for event in self.service.follow(id_):
+            if event.name == "preview":
+                shown.previews[event.data["number"]] = event.data["image"]
+                continue
+            ended = event.name not in {"queued", "step", "image"}
+            if not ended and time.monotonic() < told + PACE:
+                continue
+            job = JobView(**event.data) if ended else await run_in_threadpool(self.service.get, id_)
+            assert job is not None
+            told, drawing = time.monotonic(), job.state in OPEN
+            yield {
+                self.easel: shown.show(job),
+                self.job: id_,
+                self.begin: gr.update(visible=not drawing),
+                self.cancel: gr.update(visible=drawing),
+            }
+
+    def _cancel(self, id_: str, request: gr.Request) -> None:
+        self.service.cancel(id_, client_of(request.request).scope)
+
+    def _list(self, count: int, request: gr.Request) -> Update:
+        """The gallery, of the newest `count` jobs."""
+        jobs = self.service.listed(client_of(request.request).scope, limit=count)
+        origin = f"{request.request.url.scheme}://{request.request.url.netloc}"
+        pairs = [(job, image) for job in jobs for image in job.images]
+        return {
+            self.earlier: gr.update(visible=bool(pairs)),
+            self.gallery: gr.update(
+                value=[(origin + image.url, str(job.settings["prompt"])) for job, image in pairs], selected_index=None
+            ),
+            self.pictures: [
+                {**job.settings, "seed": image.seed, "n": 1, "drawn": f"{image.width}x{image.height}"}
+                for job, image in pairs
+            ],
+            self.older: gr.update(visible=len(jobs) == count),
+            self.jobs_shown: count,
+            self.details: gr.update(visible=False),
+            self.picked: None,
+        }
+
+    def _pick(self, pictures: list[dict[str, Any]], which: gr.SelectData) -> Update:
+        """Show the settings of a picture of the gallery."""
+        settings = pictures[which.index]
+        spec = self.service.specs.get(settings["model"])
+        if spec is not None:  # those that were left to it
+            settings = settings | {key: settings[key] or getattr(spec, key) for key in ("steps", "guidance")}
+        facts = easel.facts(settings, settings["drawn"])
+        return {self.picked: settings, self.facts: facts, self.details: gr.update(visible=True)}
+
+    def _use_again(self, settings: Mapping[str, Any]) -> Update:
+        """Put the settings of a picture where they can be changed; as they are they draw the same picture."""
+        model = settings["model"]
+        spec = self._spec(model)
+        return {
+            self.prompt: settings["prompt"],
+            self.negative: settings["negative"],
+            self.model: model if model in self.service.specs else next(iter(self.service.specs)),
+            self.n: 1,
+            self.seed: str(settings["seed"]),
+            self.steps: settings["steps"],
+            self.guidance: settings["guidance"],
+            self.size: gr.update(choices=_sizes(spec), value=settings["drawn"]),
+            self.scheduler: gr.update(choices=_schedulers(spec), value=settings["scheduler"] or ""),
+            self.rescale: settings["guidance_rescale"],
+        }
+
+    def _defaults(self, model: str) -> Update:
+        """Settings that another model draws with when not told."""
+        spec = self._spec(model)
+        return {
+            self.steps: spec.steps,
+            self.guidance: spec.guidance,
+            self.size: gr.update(choices=_sizes(spec), value=_own_size(spec)),
+            self.scheduler: gr.update(choices=_schedulers(spec), value=""),
+        }
+
+    def _spec(self, model: str | None) -> Spec:
+        specs = self.service.specs
+        return specs.get(model or "") or next(iter(specs.values()))
+
+
+def _own_size(spec: Spec) -> str:
+    return MODELS_OWN if spec.size is None else "x".join(map(str, spec.size))
+
+
+def _sizes(spec: Spec) -> list[str]:
+    """The model's own size, and one wider and one taller of about as many pixels."""
+    if spec.size is None:
+        return [MODELS_OWN]
+    side, unit = (spec.size[0] * spec.size[1]) ** 0.5, spec.factor * 8  # as often as U-Nets halve, so that all fit
+    long, short = (max(unit, round(side * ratio / unit) * unit) for ratio in (1.5**0.5, 1.5**-0.5))
+    assert max(long, short) <= MOST_PIXELS_A_SIDE
+    return list(dict.fromkeys([_own_size(spec), f"{long}x{short}", f"{short}x{long}"]))
+
+
+def _schedulers(spec: Spec) -> list[tuple[str, str]]:
+    """What a person reads, and the name, of each scheduler that fits the model."""
+    fit = fitting(spec.scheduler) if spec.scheduler else []
+    return [(MODELS_OWN, ""), *((SAMPLERS[name].label, name) for name in fit)]
+
+
+def _sentence(error: Exception) -> str:
+    """What a person is told of a refusal."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{str(first['loc'][0]).capitalize()}: {first['msg']}."
+    if isinstance(error, SQLAlchemyError):
+        return "The server's database does not answer; try again."
+    return str(error) or "The server is about to end; try again in a moment."

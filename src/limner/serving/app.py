@@ -54,12 +54,12 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_signs_of_life(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz", tags=["server"], response_class=PlainTextResponse, responses=documented())
+    @app.get("/healthz", tags=["server"], response_class=PlainTextResponse, responses=documented(json=False))
     async def alive() -> str:
         """The process answers."""
         return "ok"
 
-    @app.get("/readyz", tags=["server"], response_class=PlainTextResponse, responses=documented())
+    @app.get("/readyz", tags=["server"], response_class=PlainTextResponse, responses=documented(json=False))
     def ready() -> str:
         """The first model is loaded and the database answers."""
         service.store.ping()
@@ -68,7 +68,11 @@ def _add_signs_of_life(app: FastAPI, service: Service) -> None:
         return "ok"
 
     @app.get(
-        "/metrics", tags=["server"], response_class=PlainTextResponse, responses=documented(), dependencies=[BEARER]
+        "/metrics",
+        tags=["server"],
+        response_class=PlainTextResponse,
+        responses=documented(json=False),
+        dependencies=[BEARER],
     )
     def metrics() -> PlainTextResponse:
         """Figures for Prometheus."""

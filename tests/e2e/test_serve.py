@@ -144,9 +144,9 @@ def test_what_is_refused(server: Server) -> None:
 
 def test_a_body_that_is_too_large_is_not_read(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
-    head = "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99999999\r\n\r\n"
+    lines = ("POST /v1/jobs HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 99999999")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(head.encode() + b"{")
+        connection.sendall("\r\n".join([*lines, "", "{"]).encode())
         assert b" 413 " in connection.recv(100)
 
 

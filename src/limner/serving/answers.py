@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -34,8 +33,13 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 RETRY = 5  # seconds, where nothing better is known
 
 
-def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route for the OpenAPI document: those of every route, and its own."""
+def documented(*codes: int, json: bool = True) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route for the OpenAPI document: those of every route, and its own.
+
+    `json` is false for a route that answers something else where all is well, which FastAPI would say of errors too.
+    """
+    named = {"schema": {"$ref": "#/components/schemas/Error"}}
+    body = {"model": Error} if json else {"content": {"application/json": named}}
     said = {
         400: "The body is no form or JSON.",
         401: "A token is needed, or this one is not known.",
@@ -51,7 +55,7 @@ def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
     }
     retry = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
     return {
-        code: {"model": Error, "description": said[code]} | ({"headers": retry} if code in {429, 503} else {})
+        code: {**body, "description": said[code]} | ({"headers": retry} if code in {429, 503} else {})
         for code in sorted({401, 403, 422, 503, *codes})
     }
 
@@ -61,9 +65,10 @@ def refusal(
 ) -> JSONResponse:
     """An answer that says no, in a sentence."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    # What is quoted of a request may be no Unicode
+    message = message.encode("utf-8", "backslashreplace").decode()
     body = Error(error=ErrorBody(message=message, type=kind, code=code))
-    # Escaped, since what is quoted of a request may be no Unicode
-    return JSONResponse(json.loads(json.dumps(body.model_dump())), status, headers)
+    return JSONResponse(body.model_dump(), status, headers)
 
 
 def _retry(seconds: float) -> dict[str, str]:

@@ -64,12 +64,12 @@ def _add_page(app: FastAPI, service: Service) -> None:
 
 
 def _add_signs_of_life(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz", tags=["server"], response_class=PlainTextResponse, responses=documented())
+    @app.get("/healthz", tags=["server"], response_class=PlainTextResponse, responses=documented(json=False))
     async def alive() -> str:
         """The process answers."""
         return "ok"
 
-    @app.get("/readyz", tags=["server"], response_class=PlainTextResponse, responses=documented())
+    @app.get("/readyz", tags=["server"], response_class=PlainTextResponse, responses=documented(json=False))
     def ready() -> str:
         """The first model is loaded and the database answers."""
         service.store.ping()
@@ -78,7 +78,11 @@ def _add_signs_of_life(app: FastAPI, service: Service) -> None:
         return "ok"
 
     @app.get(
-        "/metrics", tags=["server"], response_class=PlainTextResponse, responses=documented(), dependencies=[BEARER]
+        "/metrics",
+        tags=["server"],
+        response_class=PlainTextResponse,
+        responses=documented(json=False),
+        dependencies=[BEARER],
     )
     def metrics() -> PlainTextResponse:
         """Figures for Prometheus."""

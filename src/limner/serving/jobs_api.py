@@ -66,14 +66,16 @@ def cancel(job: Found, service: Served) -> JobView:
     return cancelled
 
 
-@routes.get("/jobs/{id}/events", response_class=EventSourceResponse, responses=documented(404), description=EVENTS)
+@routes.get(
+    "/jobs/{id}/events", response_class=EventSourceResponse, responses=documented(404, json=False), description=EVENTS
+)
 async def events(job: Found, service: Served) -> AsyncIterator[ServerSentEvent]:
     """See EVENTS."""
     async for event in service.follow(job.id):
         yield ServerSentEvent(event=event.name, data=event.data)
 
 
-@routes.get("/images/{id}", response_class=FileResponse, responses=documented(404) | {200: PNG})
+@routes.get("/images/{id}", response_class=FileResponse, responses=documented(404, json=False) | {200: PNG})
 def image(id: str, service: Served, client: From) -> FileResponse:
     """A picture, with all its settings in its metadata."""
     file = service.file(id, client.scope)

@@ -36,7 +36,7 @@ class Easel:
 
     clock: Clock = field(default_factory=Clock)
     previews: dict[int, str] = field(default_factory=dict)
-    """Of pictures that are being drawn: the number within the job, and a PNG in base64."""
+    """Of pictures that are being drawn: the number within the job, and a JPEG in base64."""
 
     def show(self, job: JobView) -> str:
         """HTML: a place for each picture, side by side with their seeds, and how the job stands."""
@@ -51,7 +51,7 @@ class Easel:
             elif ended:
                 continue
             elif number in self.previews:
-                inner = f'<img class="preview" src="data:image/png;base64,{self.previews[number]}" alt="Preview">'
+                inner = f'<img class="preview" src="data:image/jpeg;base64,{self.previews[number]}" alt="Preview">'
             else:
                 inner = '<div class="blank"></div>'
             places.append(f"<figure>{inner}<figcaption>seed {first + number}</figcaption></figure>")
@@ -101,5 +101,5 @@ def facts(settings: Mapping[str, object], size: str) -> str:
     named |= {label: settings[key] for label, key in shown.items() if settings.get(key) is not None}
     if settings.get("negative"):
         named["Without"] = settings["negative"]
-    rows = "".join(f"<dt>{label}</dt><dd>{escape(str(value))}</dd>" for label, value in named.items())
+    rows = "".join(f"<div><dt>{label}</dt> <dd>{escape(str(value))}</dd></div>" for label, value in named.items())
     return f'<p class="prompt">{escape(str(settings["prompt"]))}</p><dl class="facts">{rows}</dl>'

@@ -33,6 +33,10 @@ PATH = "/page"
 PROMPT = "A golden retriever playing in a field."
 PACE = 0.15  # seconds between two looks of a job that is being drawn
 EARLIER = 40  # jobs whose pictures the gallery shows, and how many more "Show older" brings
+ICON = (  # a picture in its frame
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' "
+    "rx='3' fill='%230d9488'/%3E%3Cpath d='M3 12l3-5 2.5 3.5L10 9l3 3z' fill='white'/%3E%3C/svg%3E"
+)
 MODELS_OWN = "the model's own"
 
 Update = dict[Any, Any]
@@ -44,6 +48,10 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     def to_the_page() -> RedirectResponse:
         return RedirectResponse(f"{PATH}/")
+
+    @app.get("/manifest.json", include_in_schema=False)  # where Gradio's page looks for it
+    def to_the_manifest() -> RedirectResponse:
+        return RedirectResponse(f"{PATH}/manifest.json")
 
     gr.mount_gradio_app(
         app,
@@ -64,6 +72,7 @@ def mount(app: FastAPI, service: Service) -> None:
             font=["system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
         ),
+        head=f'<link rel="icon" href="{ICON}">',
         css_paths=Path(__file__).with_name("page.css"),
     )
     gradio_app = app.routes[-1].app  # type: ignore[attr-defined]
@@ -76,13 +85,13 @@ class Page:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        with gr.Blocks(title="Limner", analytics_enabled=False) as self.blocks:
-            gr.HTML("<header><h1>Limner</h1><p>Say what you would like to see.</p></header>")
+        with gr.Blocks(title="Limner", analytics_enabled=False, fill_width=True) as self.blocks:
+            _html("<header><h1>Limner</h1><p>Say what you would like to see.</p></header>")
             with gr.Row(elem_id="studio"):
                 with gr.Column(scale=2, min_width=300, elem_id="controls"):
                     self._add_controls()
                 with gr.Column(scale=3, min_width=300):
-                    self.easel = gr.HTML(easel.EMPTY, elem_id="easel")
+                    self.easel = _html(easel.EMPTY, elem_id="easel")
             self._add_gallery()
             self._connect()
 
@@ -94,9 +103,9 @@ class Page:
         self.prompt = gr.Textbox(
             PROMPT, label="Prompt", lines=1, max_lines=6, max_length=config.max_prompt, autofocus=True, elem_id="prompt"
         )
-        with gr.Row(equal_height=True, elem_id="go"):
-            self.begin = gr.Button("Draw", variant="primary", elem_id="draw", scale=2)
-            self.cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel", scale=2)
+        with gr.Row(elem_id="go"):
+            self.begin = gr.Button("Draw", variant="primary", elem_id="draw", scale=2, min_width=120)
+            self.cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", scale=1, min_width=90)
         with gr.Row(elem_classes="numbers"):
             self.n = gr.Number(1, label="Pictures", precision=0, minimum=1, maximum=config.max_count, min_width=90)
             self.seed = gr.Textbox("", label="Seed", placeholder="by lot", max_length=19, min_width=90, elem_id="seed")
@@ -127,9 +136,9 @@ class Page:
         self.pictures: Any = gr.State([])  # of the gallery, in its order: settings with the picture's own seed
         self.picked: Any = gr.State(None)
         with gr.Column(visible=False, elem_id="earlier") as self.earlier:
-            gr.HTML("<h2>Earlier pictures</h2>")
+            _html("<h2>Earlier pictures</h2>")
             with gr.Row(visible=False, elem_id="picked") as self.details:
-                self.facts = gr.HTML(elem_id="facts")
+                self.facts = _html("", elem_id="facts")
                 self.again = gr.Button("Use again", variant="secondary", elem_id="again", scale=0, min_width=140)
             self.gallery = gr.Gallery(
                 show_label=False,
@@ -247,8 +256,8 @@ class Page:
             yield {
                 self.easel: shown.show(job),
                 self.job: id_,
-                self.begin: gr.update(visible=not drawing),
-                self.cancel: gr.update(visible=drawing),
+                self.begin: gr.update(interactive=not drawing),
+                self.cancel: gr.update(interactive=drawing),
             }
 
     def _cancel(self, id_: str, request: gr.Request) -> None:
@@ -313,6 +322,11 @@ class Page:
     def _spec(self, model: str | None) -> Spec:
         specs = self.service.specs
         return specs.get(model or "") or next(iter(specs.values()))
+
+
+def _html(value: str, elem_id: str | None = None) -> gr.HTML:
+    """A piece of the page that page.css alone styles."""
+    return gr.HTML(value, elem_id=elem_id, apply_default_css=False)
 
 
 def _own_size(spec: Spec) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
@@ -25,7 +27,12 @@ from limner.serving.store import QueueFull, Store, new_id
 from limner.serving.tables import OPEN, ImageRow, JobRow, State
 from limner.serving.worker import POLL, Worker, shape_of, to_draw
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 log = logging.getLogger("limner.serve")
+
+PREVIEW_SIDE = 256  # pixels
 
 
 class UnknownModel(ConfigError):
@@ -179,6 +186,9 @@ class Service:
             while (job := await run_in_threadpool(self.get, id_)) is not None:
                 for event in _news(job, told):
                     yield event
+                if job.state == "running" and (previews := self.worker.previews_of(id_)):
+                    for event in await run_in_threadpool(_previews, previews, told):
+                        yield event
                 if job.state not in OPEN or self.draining:
                     return
                 await waiter.wait(POLL)
@@ -244,3 +254,21 @@ def _news(job: JobView, told: dict[str, Any]) -> list[Event]:
     if job.state not in OPEN:
         news.append(Event(job.state, json.loads(job.model_dump_json())))
     return news
+
+
+def _previews(previews: Mapping[int, Image], told: dict[str, Any]) -> list[Event]:
+    """Small pictures of the previews that were not told yet; `told` is brought up to date."""
+    before, told["previews"] = told.get("previews", {}), previews
+    return [
+        Event("preview", {"number": number, "image": _small(image)})
+        for number, image in previews.items()
+        if before.get(number) is not image
+    ]
+
+
+def _small(image: Image) -> str:
+    """A JPEG in base64, of at most `PREVIEW_SIDE` pixels a side."""
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    small.save(file, "JPEG", quality=80)
+    return base64.b64encode(file.getvalue()).decode("ascii")

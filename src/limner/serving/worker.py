@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ from limner.serving.store import Store, new_id, worker_id
 from limner.serving.tables import ImageRow, JobRow
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from limner.generation.model import Model, Picture
 
 log = logging.getLogger("limner.serve")
@@ -47,6 +49,8 @@ class Held:
     step: int = 0
     wanted: bool = True
     """Whether it still is; not when it was cancelled, or taken over."""
+    previews: dict[int, Image] = field(default_factory=dict)
+    """What its pictures that are being drawn are going to look like, by their number."""
 
 
 def to_draw(spec: Spec, request: JobRequest) -> list[Job]:
@@ -115,6 +119,11 @@ class Worker:
         """Steps done of a job that is being drawn here; None for others."""
         held = self._held.get(id_)
         return held.step if held else None
+
+    def previews_of(self, id_: str) -> dict[int, Image]:
+        """What the pictures of a job that are being drawn here are going to look like, by their number."""
+        held = self._held.get(id_)
+        return dict(held.previews) if held else {}
 
     def cancel(self, id_: str) -> None:
         """Stop drawing a job that was cancelled, within one step."""
@@ -237,8 +246,14 @@ class Worker:
             if self._halting.is_set() or not any(held.wanted for held, _, _ in batch):
                 raise Halt
 
+        def on_preview(drawn: Job, image: Image) -> None:
+            for held, number, job in batch:
+                if (job.prompt, job.seed) == (drawn.prompt, drawn.seed):
+                    held.previews[number] = image
+
         try:
-            pictures = list(model.draw([job for _, _, job in batch], batch_size=len(batch), on_step=on_step))
+            jobs = [job for _, _, job in batch]
+            pictures = list(model.draw(jobs, batch_size=len(batch), on_step=on_step, on_preview=on_preview))
             for (held, number, _), picture in zip(batch, pictures, strict=True):
                 self._keep(held, number, picture)
         except Halt:
@@ -260,6 +275,7 @@ class Worker:
         if not held.wanted:
             return
         job = held.row
+        held.previews.pop(number, None)
         path = picture.save(self._folder(job.id))
         file = path.relative_to(self._config.out).as_posix()
         image = ImageRow(

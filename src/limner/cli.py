@@ -76,7 +76,7 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) is UnionType or NoneType in get_args(annotation)
 
 
-def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
+def _command(cls: type[StageConfig], stage: str) -> Callable[..., int]:
     """A typer command for a stage: its signature is read off the configuration."""
     parameters = []
     for name, field in cls.model_fields.items():
@@ -100,7 +100,7 @@ def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
             _parameter(name, Annotated[kind, typer.Option(flag, help=help_text, show_default=False)], default)
         )
 
-    def command(**given: Any) -> None:
+    def command(**given: Any) -> int:
         ours = {name: given.pop(name) for name in OURS}
         flags = {name: value for name, value in given.items() if value is not None and value != []}
         config = settings.resolve(cls, flags, preset=ours["preset"], file=ours["config"], sets=ours["set"])
@@ -108,7 +108,10 @@ def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
         if ours["dry_run"]:
             _print_plan(module.plan(config))
         else:
-            module.run(config)
+            outcome = module.run(config)
+            if isinstance(outcome, int):  # an exit code of its own, as of replay
+                return outcome
+        return 0
 
     command.__doc__ = cls.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -134,6 +137,7 @@ def _print_plan(plan: dict[str, Any]) -> None:
 
 for _group, _name, _config, _stage in (
     (app, "generate", configs.GenerateConfig, "generate"),
+    (app, "replay", configs.ReplayConfig, "replay"),
     (app, "prepare", configs.PrepareConfig, "prepare"),
     (train, "clip", configs.TrainClipConfig, "train_clip"),
     (train, "vae", configs.TrainVaeConfig, "train_vae"),
@@ -154,7 +158,10 @@ def _fail(sentence: str, code: int) -> None:
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 2 the user's mistake in one sentence, 130 interrupted, 1 ours."""
+    """Run the command line.
+
+    Exit code 0 done, 2 the user's mistake in one sentence, 130 interrupted, 1 ours, or of replay that pictures differ.
+    """
     logging.captureWarnings(True)
     # torch's waiting threads sleep in place of spinning: half the time beside other programs (docs/experiments.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -5,7 +5,7 @@ A new knob goes here, not into a flag. `settings.py` puts a configuration togeth
 
 from limner.config.base import Argument, Flag, StageConfig
 from limner.config.serving import ServeConfig, TokenConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, GenerateConfig, PrepareConfig
+from limner.config.stages import AssembleConfig, EncodeConfig, Format, GenerateConfig, PrepareConfig, ReplayConfig
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -20,8 +20,10 @@ __all__ = [
     "AssembleConfig",
     "EncodeConfig",
     "Flag",
+    "Format",
     "GenerateConfig",
     "PrepareConfig",
+    "ReplayConfig",
     "ServeConfig",
     "StageConfig",
     "TokenConfig",

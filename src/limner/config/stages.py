@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from limner.config.base import FLAG, Argument, Flag, StageConfig
 
+Format = Literal["png", "jpeg", "webp"]
+
 
 class PrepareConfig(StageConfig):
     """From a source archive or folder to a dataset folder."""
@@ -135,6 +137,21 @@ class GenerateConfig(StageConfig):
     """What the pictures should not show."""
     size: Annotated[str | None, FLAG] = None
     """Pixels as SIDE or WIDTHxHEIGHT; the model's own when left out."""
+    image: Annotated[Path | None, FLAG] = None
+    """Picture to begin with, of which `strength` makes something new."""
+    mask: Annotated[Path | None, FLAG] = None
+    """Picture that is white where `image` is redrawn and black where it stays."""
+    strength: Annotated[float | None, FLAG, Field(gt=0, le=1)] = None
+    """Share of the steps that are taken from `image`; 0.6 when left out, 1 with a mask."""
+    variation: Annotated[str | None, FLAG] = None
+    """SEED:STRENGTH: turn the noise of `seed` towards that seed's, 0 not at all, 1 all the way; with `n`, that seed
+    rises in place of the first."""
+    best_of: Annotated[PositiveInt | None, FLAG] = None
+    """Draw so many a prompt and keep the `n` that fit it best, as the model's own CLIP sees it."""
+    grid: Annotated[str | None, FLAG] = None
+    """Draw with each of several values of a setting or two, as "steps=4,8 guidance=1,3", and show all on a grid."""
+    sheet: Annotated[bool, FLAG] = False
+    """Put all pictures of the command on one more, a contact sheet."""
     model: Annotated[str, FLAG] = "builtin"
     """`builtin`, a Diffusers folder or a hub id."""
     loras: Annotated[tuple[str, ...], Flag(("--lora",))] = ()
@@ -143,7 +160,34 @@ class GenerateConfig(StageConfig):
     """Textual inversion to draw with, a safetensors file, as FILE or FILE:TOKEN; may be repeated."""
     out: Annotated[Path, FLAG] = Path("pictures")
     """Folder for the pictures."""
+    format: Annotated[Format, FLAG] = "png"
+    """Kind of file: png, jpeg or webp; each says how the picture was drawn."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """How faithful JPEG and WebP are to the pixels."""
+    preview: Annotated[Path | None, FLAG] = None
+    """PNG file that shows the picture while it is drawn, for a viewer that looks again when it changes."""
+    show: Annotated[bool, FLAG] = False
+    """Show the pictures in the terminal."""
     device: Annotated[str | None, FLAG] = None
     """`cpu` or `cuda`; the GPU when there is one."""
     batch_size: PositiveInt = 8
     """Pictures drawn at once; changes speed and memory, not the pictures."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.grid is not None and self.best_of is not None:
+            raise ValueError("a grid shows every picture and best_of keeps some; leave one out")
+        return self
+
+
+class ReplayConfig(StageConfig):
+    """Draw a picture again from what its file says, and tell whether the pixels are the same."""
+
+    image: Annotated[Path, Argument()]
+    """The picture, PNG, JPEG or WebP, drawn by Limner."""
+    model: Annotated[str | None, FLAG] = None
+    """Where the model is now; where it was then when left out."""
+    out: Annotated[Path, FLAG] = Path("replayed")
+    """Folder for the new picture where it differs."""
+    device: Annotated[str | None, FLAG] = None
+    """`cpu` or `cuda`; the GPU when there is one."""

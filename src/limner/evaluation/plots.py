@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +11,15 @@ from torch import Tensor
 
 from limner.artifacts import atomic_file
 from limner.evaluation.retrieval import KS
+from limner.generation import sheets
 from limner.generation.engine import to_images
+from limner.generation.sheets import GREY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL.ImageFont import FreeTypeFont, ImageFont
 
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Told apart by the colour-blind: Okabe and Ito, Color Universal Design, 2008."""
 LINES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"))
 WAYS = {"text_to_image": "Caption finds picture", "image_to_text": "Picture finds caption"}
@@ -29,7 +29,6 @@ PANELS = {
     "clip_score": "CLIP score, more is better",
     "r_precision": "R-precision, more is better",
 }
-GAP, LEAST_TEXT, LEAST_WIDTH = 6, 13, 320  # of a grid, in pixels
 
 
 def plot_alpha(rows: Sequence[Mapping[str, Any]], chosen: float, path: Path) -> None:
@@ -117,41 +116,8 @@ def _save(figure: Figure, path: Path) -> None:
 def grid(columns: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
     """Write a PNG of pictures side by side: a column a label, a row a caption, which stands above it.
 
-    columns: pixels (N, 3, H, W) in [-1, 1] by label, all of one size; captions: N. No pixel is scaled. Raises OSError.
+    columns: pixels (N, 3, H, W) in [-1, 1] by label; captions: N. No pixel is scaled. Raises OSError.
     """
-    from PIL import Image, ImageDraw
-
-    images = {label: to_images(pixels) for label, pixels in columns.items()}
-    (width, height), *others = {image.size for column in images.values() for image in column}
-    assert not others, "a grid is of pictures of one size"
-    size = max(LEAST_TEXT, width // 20)
-    font, line = _font(size), math.ceil(1.4 * size)
-    cell = GAP + max(width, *(math.ceil(font.getlength(label)) for label in images))
-    across = max(LEAST_WIDTH, GAP + cell * len(images))
-    texts = [textwrap.wrap(caption, int((across - 2 * GAP) / font.getlength("n"))) for caption in captions]
-    below = GAP + line + sum(line * len(text) + height + 2 * GAP for text in texts)
-    sheet = Image.new("RGB", (across, below), "white")
-    pen = ImageDraw.Draw(sheet)
-    for x, label in enumerate(images):
-        pen.text((GAP + cell * x, GAP), label, GREY, font)
-    top = GAP + line
-    for text, *row in zip(texts, *images.values(), strict=True):
-        for part in text:
-            pen.text((GAP, top), part, "black", font)
-            top += line
-        for x, image in enumerate(row):
-            sheet.paste(image, (GAP + cell * x, top))
-        top += height + 2 * GAP
+    sheet = sheets.grid({label: to_images(pixels) for label, pixels in columns.items()}, captions)
     with atomic_file(path) as partial:
         sheet.save(partial, format="PNG")
-
-
-def _font(size: int) -> FreeTypeFont | ImageFont:
-    """Matplotlib's DejaVu Sans, which knows most alphabets; where that is not installed, Pillow's own: ASCII."""
-    from PIL import ImageFont
-
-    try:
-        import matplotlib
-    except ImportError:
-        return ImageFont.load_default(size)
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -17,12 +18,17 @@ from limner.diffusion.guidance import is_folded
 from limner.errors import ConfigError, ModelError
 from limner.generation import language
 from limner.generation import prompts as texts
+from limner.generation.canvas import Sketch
 from limner.generation.engine import OnStep, draw, encode_weighted, to_images
 from limner.generation.jobs import GUIDANCE, STEPS, Job, Spec
+from limner.generation.preview import Preview
 from limner.models import hub, loading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+OnPreview = Callable[[Job, "Image"], None]
+"""Called after each step with what a picture is going to look like, roughly."""
 
 
 class Painter(Protocol):
@@ -34,7 +40,9 @@ class Painter(Protocol):
     def settle(self, job: Job) -> Job:
         """The job with the settings that were left to the painter. Raises ConfigError where it can't be drawn."""
 
-    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
+    def paint(
+        self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None
+    ) -> Iterator[Image]:
         """Draw settled jobs, in their order, up to `batch_size` at once. Raises ConfigError, ModelError."""
 
 
@@ -59,7 +67,9 @@ class LatentDiffusion:
         """The job as it is: the model's files name all settings, and any prompt fits, cut into pieces."""
         return job
 
-    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
+    def paint(
+        self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None
+    ) -> Iterator[Image]:
         """Jobs that differ in prompt, negative prompt and seed only share a batch; on the CPU each has its own.
 
         There oneDNN and MKL add up in another order for another batch size, from the first convolution on, and the
@@ -72,14 +82,26 @@ class LatentDiffusion:
             for start in range(0, len(group), most):
                 batch = group[start : start + most]
                 with loading.quiet(), _enough_memory(batch):
-                    images = self._draw(batch, on_step)
+                    images = self._draw(batch, on_step, on_preview)
                 yield from images
 
-    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None) -> list[Image]:
+    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None) -> list[Image]:
         """Pictures of jobs of one shape."""
         first = jobs[0]
         assert first.steps is not None
         assert first.guidance is not None
+        assert first.width is not None
+        assert first.height is not None
+        size, sketch = (first.height, first.width), None
+        if first.image is not None:
+            assert first.strength is not None
+            sketch = Sketch.of(first.image, first.mask, first.strength, size)
+
+        def preview(x0: Tensor) -> None:
+            assert on_preview is not None
+            for job, image in zip(jobs, to_images(self.preview(x0))):
+                on_preview(job, image.resize(size[::-1]))
+
         states, negative_states = self._states(jobs)  # (N, L, D) each
         pixels = draw(
             self.unet,
@@ -92,9 +114,17 @@ class LatentDiffusion:
             guidance=first.guidance,
             guidance_rescale=first.guidance_rescale,
             negative_states=negative_states,
+            variations=[job.variation for job in jobs],
+            sketch=sketch,
             on_step=on_step and (lambda done: on_step(done * len(jobs))),
+            on_x0=on_preview and preview,
         )  # (N, 3, H, W)
         return to_images(pixels)
+
+    @functools.cached_property
+    def preview(self) -> Callable[[Tensor], Tensor]:
+        """What latents look like, roughly and at once."""
+        return Preview(self.vae)
 
     def _states(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None]:
         """Token states of prompts and negative prompts; each pair is encoded alone, so no other changes its bits."""
@@ -119,7 +149,9 @@ class LatentDiffusion:
         length = texts.length_of(self.text_encoder, self.tokenizer)
         prompts = [job.prompt, job.negative] if self._two_passes(job) else [job.prompt]
         pieces = max(len(texts.weighted(self.tokenizer, prompt, length)) for prompt in prompts)
-        return pieces, replace(job, prompt="", negative="", seed=0, template=None, negative_template=None)
+        return pieces, replace(
+            job, prompt="", negative="", seed=0, template=None, negative_template=None, variation=None
+        )
 
 
 PIPELINE_OPTIONS = {
@@ -175,8 +207,10 @@ class Pipeline:
         guidance = job.guidance or self._default("guidance_scale") or GUIDANCE
         return replace(job, steps=steps, guidance=guidance)
 
-    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
-        """One call a job."""
+    def paint(
+        self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None
+    ) -> Iterator[Image]:
+        """One call a job, without previews."""
         for job in jobs:
             with loading.quiet(), _enough_memory([job]):
                 image = self._draw(job)

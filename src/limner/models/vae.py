@@ -40,6 +40,11 @@ def factor(vae_config: Any) -> int:
     return int(2 ** (len(vae_config[name]) - 1))
 
 
+def has_variance(vae_config: Any) -> bool:
+    """Whether the encoder predicts a Gaussian, as an AutoencoderKL's, and not latents, as an AutoencoderTiny's."""
+    return "decoder_block_out_channels" not in vae_config
+
+
 def encode(vae: Any, pixels: Tensor) -> Tensor:
     """Moments of pixels in [-1, 1].
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import urllib.error
@@ -15,27 +15,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-LIMNER = [sys.executable, "-c", "from limner.cli import main; main()"]
 READY = 120  # seconds that a start may take on a busy machine
 PROMPT = "A golden retriever playing in a field."
+PRELOADED = [
+    "limner.cli",
+    "limner.generation.model",
+    "limner.serving.app",
+    "limner.stages.serve",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "uvicorn",
+]
+
+
+def _command(arguments: list[str], out: Path, log: Path) -> None:
+    """`limner` with these arguments, in a process of its own."""
+    from limner import cli
+
+    for number, file, mode in ((1, out, os.O_TRUNC), (2, log, os.O_APPEND)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | mode), number)
+    sys.argv = ["limner", *arguments]
+    cli.main()
 
 
 class Server:
-    """`limner serve` with some arguments; `port` is a free one."""
+    """`limner serve` with some arguments, at a free port."""
 
     def __init__(self, data: Path, *models: object, sets: tuple[str, ...] = (), host: str = "127.0.0.1") -> None:
-        """Start it, and wait until it listens. What it logs goes on in the same file for the same `data`."""
+        """Start it, and wait until it listens. Each has a log of its own beside `data`."""
         self.data = data
-        self.log = data.with_name(data.name + ".log")
+        self.log, out = (data.with_name(f"{data.name}-{uuid4().hex}.{end}") for end in ("log", "out"))
         options = [word for one in sets for word in ("--set", one)]
-        call = [*LIMNER, "serve", *map(str, models), "--port", "0", "--data", str(data), "--host", host, *options]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        assert self.process.stdout is not None
-        found = re.search(r":(\d+)$", self.process.stdout.readline().strip())
-        assert found, self.log.read_text()
+        call = ["serve", *map(str, models), "--port", "0", "--data", str(data), "--host", host, *options]
+        context = multiprocessing.get_context("forkserver")  # which loads the libraries once
+        context.set_forkserver_preload(PRELOADED)
+        self.process = context.Process(target=_command, args=(call, out, self.log))
+        self.process.start()
+        until = time.monotonic() + READY
+        while not (found := re.search(r":(\d+)\n", out.read_text() if out.exists() else "")):
+            assert self.process.is_alive(), self.log.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.01)
         self.url = f"http://127.0.0.1:{found[1]}"
 
     def ready(self) -> Server:
@@ -43,7 +67,7 @@ class Server:
         until = time.monotonic() + READY
         while self.call("GET", "/readyz")[0] != 200:
             assert time.monotonic() < until, self.log.read_text()
-            assert self.process.poll() is None, self.log.read_text()
+            assert self.process.is_alive(), self.log.read_text()
             time.sleep(0.05)
         return self
 
@@ -79,17 +103,18 @@ class Server:
             time.sleep(0.05)
         return answer[1]
 
-    def kill(self, how: int = signal.SIGKILL) -> int:
+    def kill(self, how: int = signal.SIGKILL) -> int | None:
         """End it. -> its exit code."""
-        self.process.send_signal(how)
-        code = self.process.wait(60)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
+        assert self.process.pid is not None
+        os.kill(self.process.pid, how)
+        self.process.join(60)
+        return self.process.exitcode
 
     def lines(self) -> list[dict[str, Any]]:
-        """What it logged, also before an earlier kill, without lines cut off by one."""
-        return [line for text in self.log.read_text().splitlines() if isinstance(line := _parsed(text.encode()), dict)]
+        """What all servers of this data folder logged, without lines cut off by a kill."""
+        logs = sorted(self.data.parent.glob(f"{self.data.name}-*.log"))
+        texts = [text for log in logs for text in log.read_text().splitlines()]
+        return [line for text in texts if isinstance(line := _parsed(text.encode()), dict)]
 
 
 def _parsed(content: bytes) -> Any:
@@ -106,5 +131,5 @@ def serving(data: Path, *models: object, sets: tuple[str, ...] = (), host: str =
     try:
         yield server.ready()
     finally:
-        if server.process.poll() is None:
+        if server.process.is_alive():
             server.kill()

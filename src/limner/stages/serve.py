@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from contextlib import closing
 from types import FrameType
 from typing import Any
 
@@ -41,23 +42,24 @@ def run(config: ServeConfig) -> None:
     listening = _listen(config.host, config.port)
     begin()
     service = Service(config)
-    if service.store.aside is not None:
-        log.warning("the database was damaged and moved aside", extra={"to": str(service.store.aside)})
-    if config.require_tokens is not False and not is_this_machine(config.host) and not service.store.tokens():
-        raise RunError(
-            f"Others can reach {config.host}, and there are no tokens; make one with "
-            f"limner token add NAME --data {config.out}."
+    with closing(service.store):
+        if service.store.aside is not None:
+            log.warning("the database was damaged and moved aside", extra={"to": str(service.store.aside)})
+        if config.require_tokens is not False and not is_this_machine(config.host) and not service.store.tokens():
+            raise RunError(
+                f"Others can reach {config.host}, and there are no tokens; make one with "
+                f"limner token add NAME --data {config.out}."
+            )
+        host, port = listening.getsockname()[:2]
+        print(f"Limner listens at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        settings = uvicorn.Config(
+            create_app(service),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(config.drain)),
         )
-    host, port = listening.getsockname()[:2]
-    print(f"Limner listens at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    settings = uvicorn.Config(
-        create_app(service),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(config.drain)),
-    )
-    Server(settings).run(sockets=[listening])
+        Server(settings).run(sockets=[listening])
 
 
 def plan(config: ServeConfig) -> dict[str, Any]:

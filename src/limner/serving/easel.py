@@ -35,23 +35,23 @@ class Easel:
     """A job as the page shows it while it is drawn."""
 
     clock: Clock = field(default_factory=Clock)
-    previews: dict[int, str] = field(default_factory=dict)
-    """Of pictures that are being drawn: the number within the job, and a JPEG in base64."""
+    preview: str | None = None
+    """Of the picture that is being drawn: a JPEG in base64."""
 
     def show(self, job: JobView) -> str:
         """HTML: a place for each picture, side by side with their seeds, and how the job stands."""
         done = {image.seed: image for image in job.images}
         first, prompt = int(job.settings["seed"]), escape(str(job.settings["prompt"]), quote=True)
         ended = job.finished is not None
-        places = []
+        places, preview = [], self.preview
         for number in range(int(job.settings.get("n", 1))):
             image = done.get(first + number)
             if image is not None:
                 inner = f'<a href="{image.url}" target="_blank"><img src="{image.url}" alt="{prompt}"></a>'
             elif ended:
                 continue
-            elif number in self.previews:
-                inner = f'<img class="preview" src="data:image/jpeg;base64,{self.previews[number]}" alt="Preview">'
+            elif preview is not None:
+                inner, preview = f'<img class="preview" src="data:image/jpeg;base64,{preview}" alt="Preview">', None
             else:
                 inner = '<div class="blank"></div>'
             places.append(f"<figure>{inner}<figcaption>seed {first + number}</figcaption></figure>")

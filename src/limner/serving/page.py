@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
+from fastapi.responses import RedirectResponse, Response
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
@@ -34,8 +34,8 @@ PROMPT = "A golden retriever playing in a field."
 PACE = 0.15  # seconds between two looks of a job that is being drawn
 EARLIER = 40  # jobs whose pictures the gallery shows, and how many more "Show older" brings
 ICON = (  # a picture in its frame
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' "
-    "rx='3' fill='%230d9488'/%3E%3Cpath d='M3 12l3-5 2.5 3.5L10 9l3 3z' fill='white'/%3E%3C/svg%3E"
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#0d9488"/>'
+    '<path d="M3 12l3-5 2.5 3.5L10 9l3 3z" fill="white"/></svg>'
 )
 MODELS_OWN = "the model's own"
 
@@ -48,6 +48,10 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     def to_the_page() -> RedirectResponse:
         return RedirectResponse(f"{PATH}/")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml")
 
     @app.get("/manifest.json", include_in_schema=False)  # where Gradio's page looks for it
     def to_the_manifest() -> RedirectResponse:
@@ -72,7 +76,6 @@ def mount(app: FastAPI, service: Service) -> None:
             font=["system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
         ),
-        head=f'<link rel="icon" href="{ICON}">',
         css_paths=Path(__file__).with_name("page.css"),
     )
     gradio_app = app.routes[-1].app  # type: ignore[attr-defined]
@@ -245,8 +248,10 @@ class Page:
         shown, told = Easel(), 0.0
         async for event in self.service.follow(id_):
             if event.name == "preview":
-                shown.previews[event.data["number"]] = event.data["image"]
+                shown.preview = event.data["jpeg"]
                 continue
+            if event.name == "image":
+                shown.preview = None
             ended = event.name not in {"queued", "step", "image"}
             if not ended and time.monotonic() < told + PACE:
                 continue

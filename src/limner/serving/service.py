@@ -260,7 +260,7 @@ def _previews(previews: Mapping[int, Image], told: dict[str, Any]) -> list[Event
     """Small pictures of the previews that were not told yet; `told` is brought up to date."""
     before, told["previews"] = told.get("previews", {}), previews
     return [
-        Event("preview", {"number": number, "image": _small(image)})
+        Event("preview", {"jpeg": _small(image)})
         for number, image in previews.items()
         if before.get(number) is not image
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ from limner.serving.schemas import ImageView, JobRequest, JobView
 from limner.serving.shelf import Shelf, read_models
 from limner.serving.store import QueueFull, Store, new_id
 from limner.serving.tables import OPEN, ImageRow, JobRow, State
+from limner.serving.uploads import Uploads
 from limner.serving.worker import POLL, Worker, shape_of, to_draw
 
 log = logging.getLogger("limner.serve")
@@ -59,7 +61,8 @@ class Service:
         self.metrics = Metrics()
         self.changes = Changes()
         self.shelf = Shelf(self.specs, config.device, config.memory)
-        self.worker = Worker(config, self.store, self.shelf, self.changes, self.metrics)
+        self.uploads = Uploads(config.out / "uploads", config.max_upload_pixels)
+        self.worker = Worker(config, self.store, self.shelf, self.uploads, self.changes, self.metrics)
         self.chosen: dict[str, str] = {}
         """The model that an owner chose for requests that name none, as A1111's clients do."""
         self.draining = False
@@ -83,7 +86,7 @@ class Service:
     def submit(self, request: JobRequest, owner: str = "") -> JobView:
         """Store a job, and only then say so.
 
-        Raises ConfigError where it can't be drawn, UnknownModel, QueueFull and Draining.
+        Raises ConfigError or DataError where it can't be drawn, UnknownModel, QueueFull and Draining.
         """
         if self.draining:
             raise Draining
@@ -91,7 +94,13 @@ class Service:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         request = request.model_copy(update={"model": model, "seed": seed})
         self._check(request)
-        draws = to_draw(self.specs[model], request)
+        kept = {
+            name: self.uploads.add(text, mask=name == "mask")
+            for name, text in (("image", request.image), ("mask", request.mask))
+            if text is not None
+        }
+        request = request.model_copy(update=kept)
+        draws = to_draw(self.specs[model], request, self.uploads)
         self._check_size(draws[0].width, draws[0].height)
         row = JobRow(
             id=new_id(),
@@ -100,7 +109,7 @@ class Service:
             shape=hashlib.sha256(shape_of(model, draws[0]).encode()).hexdigest(),
             settings=request.model_dump(),
             pictures=len(draws),
-            steps=sum(draw.steps or 0 for draw in draws),
+            steps=sum(draw.steps_taken for draw in draws),
             created=time.time(),
         )
         limits = {"queue": self.config.queue, "rate": self.config.rate, "open_jobs": self.config.open_jobs}
@@ -173,7 +182,8 @@ class Service:
         told: dict[str, Any] = {}
         with self.changes.of(id_, steps=True) as waiter:
             while (job := await run_in_threadpool(self.get, id_)) is not None:
-                for event in _news(job, told):
+                preview = self.worker.preview_of(id_)
+                for event in _news(job, preview, told):
                     yield event
                 if job.state not in OPEN or self.draining:
                     return
@@ -224,7 +234,7 @@ Served = Annotated[Service, Depends(_of)]
 """The service, as a route takes it."""
 
 
-def _news(job: JobView, told: dict[str, Any]) -> list[Event]:
+def _news(job: JobView, preview: bytes | None, told: dict[str, Any]) -> list[Event]:
     """What of a job was not told yet; `told` is brought up to date."""
     news = []
     for name, now in (
@@ -234,6 +244,9 @@ def _news(job: JobView, told: dict[str, Any]) -> list[Event]:
         if now is not None and told.get(name) != now:
             news.append(Event(name, now))
             told[name] = now
+    if preview is not None and told.get("preview") is not preview:
+        news.append(Event("preview", {"jpeg": base64.b64encode(preview).decode()}))
+        told["preview"] = preview
     for image in job.images[told.get("images", 0) :]:
         news.append(Event("image", image.model_dump()))
     told["images"] = len(job.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import multiprocessing
 import os
@@ -81,7 +82,7 @@ class Server:
                 status, content = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0, None
         return status, _parsed(content)
 

@@ -45,20 +45,23 @@ def generated(folder: Path, out: Path, *options: object) -> list[np.ndarray]:
     return [np.asarray(Image.open(file)) for file in sorted(out.glob("*.png"))]
 
 
-def test_a_job_from_begin_to_end(server: Server) -> None:
+def test_a_job_from_begin_to_end(server: Server, tmp_path: Path) -> None:
     status, job = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "seed": 3, "steps": 4, "n": 2})
     assert status == 202
     told = list(server.events(job["id"]))
     names = [name for name, _ in told]
     assert names.count("image") == 2
+    assert "preview" in names
     assert names[-1] == "done"
     steps = [data["step"] for name, data in told if name == "step"]
     assert steps == sorted(steps)
     done = server.call("GET", f"/v1/jobs/{job['id']}")[1]
     assert (done["state"], done["step"], done["steps"]) == ("done", 8, 8)
     assert [image["seed"] for image in done["images"]] == [3, 4]
-    picture = Image.open(io.BytesIO(server.call("GET", done["images"][1]["url"])[1]))
-    assert f'"seed": {4}' in picture.info[provenance.RECORD]
+    file = tmp_path / "picture.png"
+    file.write_bytes(server.call("GET", done["images"][1]["url"])[1])
+    record = provenance.read(file)
+    assert (record["prompt"], record["seed"]) == (PROMPT, 4)
     assert PROMPT not in server.log.read_text(), "a prompt is nobody's business"
 
 
@@ -102,6 +105,91 @@ def test_webuiapi_draws_what_generate_draws(server: Server, folder: Path, tmp_pa
     assert "Euler a" in client.util_get_sampler_names()
     assert client.interrupt() == {}
     client.util_wait_for_ready(0.1)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A picture to begin with, and a mask that is white on its left half."""
+    folder = tmp_path_factory.mktemp("begun")
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
+    image.save(folder / "image.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(folder / "mask.png")
+    return folder / "image.png", folder / "mask.png"
+
+
+def see_through(mask: Path) -> bytes:
+    """The mask as OpenAI wants it: see-through where to redraw."""
+    white = Image.open(mask)
+    image = Image.new("RGBA", white.size)
+    image.putalpha(white.point(lambda value: 255 - value))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_others_clients_begin_with_a_picture(
+    server: Server, folder: Path, tmp_path: Path, begun: tuple[Path, Path]
+) -> None:
+    image, mask = begun
+    settings = ("--seed", 5, "--steps", 4, "--guidance", 2)
+    (plain,) = generated(folder, tmp_path / "1", *settings, "--image", image, "--strength", 0.5)
+    (masked,) = generated(folder, tmp_path / "2", *settings, "--image", image, "--mask", mask, "--strength", 0.5)
+    (euler,) = generated(
+        folder, tmp_path / "3", *settings, "--image", image, "--mask", mask, "--strength", 0.5, "--scheduler", "euler"
+    )
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    own = {"seed": 5, "steps": 4, "guidance": 2, "strength": 0.5}
+    drawn = client.images.edit(image=image.open("rb"), prompt=PROMPT, extra_body=own)
+    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(drawn.data[0].b64_json))), plain)
+    drawn = client.images.edit(
+        image=image.open("rb"), mask=("mask.png", see_through(mask)), prompt=PROMPT, extra_body=own
+    )
+    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(drawn.data[0].b64_json))), masked)
+
+    client = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1", sampler="Euler")
+    both = {"seed": 5, "steps": 4, "cfg_scale": 2, "denoising_strength": 0.5, "width": 16, "height": 16}
+    white = Image.open(mask)
+    for kept, invert in ((white, 0), (white.point(lambda value: 255 - value), 1)):
+        given = {"mask_image": kept, "inpainting_mask_invert": invert}
+        assert np.array_equal(client.img2img(images=[Image.open(image)], prompt=PROMPT, **both, **given).image, euler)
+
+    body = {"prompt": PROMPT, **own, "image": base64.b64encode(image.read_bytes()).decode()}
+    first = server.ended(server.call("POST", "/v1/jobs", body)[1]["id"])
+    again = server.ended(server.call("POST", "/v1/jobs", first["settings"])[1]["id"])
+    for job in (first, again):
+        shown = Image.open(io.BytesIO(server.call("GET", job["images"][0]["url"])[1]))
+        assert np.array_equal(shown, plain)
+    assert first["steps"] == 2
+
+
+def test_bad_uploads_are_refused_in_a_sentence(server: Server, begun: tuple[Path, Path]) -> None:
+    good = begun[0].read_bytes()
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    frames = io.BytesIO()
+    Image.new("L", (16, 16)).save(frames, "GIF", save_all=True, append_images=[Image.new("L", (16, 16), 255)])
+    for name, data in {
+        "nothing": b"",
+        "text": b"a picture",
+        "cut off": good[: len(good) // 2],
+        "bomb": bomb.getvalue(),
+        "huge": good[:16] + (2**31 - 1).to_bytes(4, "big") * 2 + good[24:],
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "frames": frames.getvalue(),
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+    }.items():
+        for field in ("image", "mask"):
+            sent = {"image": base64.b64encode(good).decode(), field: base64.b64encode(data).decode()}
+            status, answer = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 2, **sent})
+            assert status == 422, (name, field, answer)
+            assert answer["error"]["message"].endswith("."), name
+    for text in ("0" * 64, "!!!", "../../etc/passwd", "file:///etc/passwd"):
+        assert server.call("POST", "/v1/jobs", {"prompt": PROMPT, "image": text})[0] == 422
+    polyglot = good + b"<script>alert(1)</script>"  # a picture with something behind it is a picture
+    sent = {"prompt": PROMPT, "steps": 2, "image": base64.b64encode(polyglot).decode()}
+    assert server.ended(server.call("POST", "/v1/jobs", sent)[1]["id"])["state"] == "done"
 
 
 def test_cancel_within_a_step_and_the_next_goes_on(server: Server) -> None:

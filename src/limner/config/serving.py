@@ -50,9 +50,11 @@ class ServeConfig(StageConfig):
     """Characters that a prompt, or a negative prompt, may have."""
     max_upload: PositiveInt = 16 * 2**20
     """Bytes that the body of a request may have."""
+    max_upload_pixels: PositiveInt = 16_000_000
+    """Pixels that a picture to begin with, or a mask, may have."""
     lease: PositiveFloat = 15
     """Seconds without a sign of life after which the jobs of another server are taken over."""
-    attempts: PositiveInt = 5
+    attempts: PositiveInt = 10
     """Servers that may die while they draw a job, before it counts as failed."""
     drain: NonNegativeFloat = 30
     """Seconds that a server told to end goes on with what it is drawing, before it hands that back to the queue."""

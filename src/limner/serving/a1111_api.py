@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,11 +13,11 @@ from starlette.concurrency import run_in_threadpool
 
 from limner.diffusion.samplers import SAMPLERS, fitting
 from limner.generation import provenance
-from limner.serving.access import From
+from limner.serving.access import Client, From
 from limner.serving.answers import documented
 from limner.serving.openai_api import drawn
 from limner.serving.schemas import JobRequest, JobView
-from limner.serving.service import Served
+from limner.serving.service import Served, Service
 
 routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 
@@ -61,12 +61,13 @@ class Txt2Img(BaseModel):
     send_images: bool = True
     override_settings: Overrides = Overrides()
 
-    def to_job(self) -> JobRequest:
-        """The same, as a job."""
+    def to_job(self, **pictures: Any) -> JobRequest:
+        """The same, as a job; `pictures` are image, mask and strength."""
         both = self.width and self.height
         sampler = self.sampler_name or self.sampler_index or None
         karras = (self.scheduler or "").lower() == "karras"
         return JobRequest(
+            **pictures,
             prompt=self.prompt,
             negative=self.negative_prompt or "",
             model=self.override_settings.sd_model_checkpoint,
@@ -77,6 +78,18 @@ class Txt2Img(BaseModel):
             size=f"{self.width}x{self.height}" if both else None,
             scheduler=f"{sampler} Karras" if sampler and karras else sampler,
         )
+
+
+class Img2Img(Txt2Img):
+    """The same with a picture to begin with."""
+
+    init_images: Annotated[list[str], Field(min_length=1, max_length=1)]
+    """One, in base64."""
+    mask: str | None = None
+    """White where it is redrawn, in base64."""
+    inpainting_mask_invert: Literal[0, 1] = 0
+    """1: black where it is redrawn."""
+    denoising_strength: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class Drawn(BaseModel):
@@ -137,7 +150,21 @@ class SdModel(BaseModel):
 @routes.post("/txt2img", responses=documented(404, 409, 413, 429, 500))
 async def txt2img(request: Txt2Img, service: Served, client: From) -> Drawn:
     """Draw, and answer when it is done."""
-    wanted = request.to_job()
+    return await _answer(request, request.to_job(), service, client)
+
+
+@routes.post("/img2img", responses=documented(404, 409, 413, 429, 500))
+async def img2img(request: Img2Img, service: Served, client: From) -> Drawn:
+    """Draw on a picture, and answer when it is done."""
+    mask = request.mask
+    if mask is not None and request.inpainting_mask_invert:
+        digest = await run_in_threadpool(service.uploads.add, mask, mask=True)
+        mask = await run_in_threadpool(service.uploads.add_inverted, digest)
+    wanted = request.to_job(image=request.init_images[0], mask=mask, strength=request.denoising_strength)
+    return await _answer(request, wanted, service, client)
+
+
+async def _answer(request: Txt2Img, wanted: JobRequest, service: Service, client: Client) -> Drawn:
     wanted = wanted.model_copy(update={"model": wanted.model or service.chosen.get(client.owner)})
     job, files = await drawn(service, wanted, client)
     pictures = [await run_in_threadpool(file.read_bytes) for file in files]
@@ -157,7 +184,7 @@ async def txt2img(request: Txt2Img, service: Served, client: From) -> Drawn:
         "job": job.id,
     }
     images = [base64.b64encode(picture).decode() for picture in pictures] if request.send_images else []
-    return Drawn(images=images, parameters=request.model_dump(), info=json.dumps(info))
+    return Drawn(images=images, parameters=request.model_dump(exclude={"init_images", "mask"}), info=json.dumps(info))
 
 
 @routes.get("/progress", responses=documented())

@@ -49,6 +49,10 @@ class Changes:
                 if not self._waiters[key]:
                     del self._waiters[key]
 
+    def followed(self, job: str) -> bool:
+        """Whether somebody waits for the steps of a job."""
+        return (job, True) in self._waiters
+
     def tell(self, job: str, *, step: bool = False) -> None:
         """Wake those who wait for a job; for a step of it, those only who want to know."""
         with self._lock:

@@ -16,8 +16,8 @@ from limner.serving.service import Served
 from limner.serving.tables import State
 
 EVENTS = """What happens to the job until it ends, beginning with how it stands now: `queued` (place), `step` (step,
-steps), `preview` (number of the picture within the job, and a small JPEG of it in base64), `image` (as in the job), and
-last `done`, `failed` or `cancelled` (the whole job). Who asks again is told how it stands."""
+steps), `preview` (jpeg, small, in base64), `image` (as in the job), and last `done`, `failed` or `cancelled` (the
+whole job). Who asks again is told how it stands."""
 PNG = {"description": "The picture.", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
 
 routes = APIRouter(prefix="/v1", tags=["jobs"])

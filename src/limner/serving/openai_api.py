@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Form, Request, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
@@ -15,6 +15,7 @@ from limner.serving.access import Client, From
 from limner.serving.answers import Failed, documented
 from limner.serving.schemas import JobRequest, JobView
 from limner.serving.service import Served, Service
+from limner.serving.uploads import from_transparency
 
 JOB = {"X-Limner-Job": {"description": "The job behind it, for /v1/jobs.", "schema": {"type": "string"}}}
 routes = APIRouter(prefix="/v1", tags=["openai"])
@@ -53,9 +54,10 @@ class GenerationRequest(BaseModel):
     scheduler: str | None = None
     """Limner's: by its name, as euler_a or dpmpp_2m_karras."""
 
-    def to_job(self) -> JobRequest:
-        """The same, as a job."""
+    def to_job(self, **pictures: Any) -> JobRequest:
+        """The same, as a job; `pictures` are image, mask and strength of an edit."""
         return JobRequest(
+            **pictures,
             prompt=self.prompt,
             negative=self.negative_prompt or "",
             model=self.model,
@@ -66,6 +68,17 @@ class GenerationRequest(BaseModel):
             size=None if self.size == "auto" else self.size,
             scheduler=self.scheduler,
         )
+
+
+class EditRequest(GenerationRequest):
+    """The same as a form, with a picture."""
+
+    image: UploadFile
+    """The picture to begin with."""
+    mask: UploadFile | None = None
+    """A picture of its size: see-through, or white where it has no alpha channel, is what is redrawn."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Limner's: share of the steps that are taken from the picture."""
 
 
 class GeneratedImage(BaseModel):
@@ -130,7 +143,32 @@ async def generate(
     request: GenerationRequest, http: Request, response: Response, service: Served, client: From
 ) -> Generated:
     """Draw, and answer when it is done. A client that goes away leaves its job in the queue."""
-    job, files = await drawn(service, request.to_job(), client)
+    return await _answer(request, request.to_job(), http, response, service, client)
+
+
+@routes.post(
+    "/images/edits",
+    responses=documented(400, 404, 409, 413, 429, 500) | {200: {"headers": JOB}},
+    response_model_exclude_none=True,
+)
+async def edit(
+    request: Annotated[EditRequest, Form()], http: Request, response: Response, service: Served, client: From
+) -> Generated:
+    """Draw on a picture, and answer when it is done."""
+    image = await request.image.read()
+    pictures = {"image": await run_in_threadpool(service.uploads.add_bytes, image, mask=False)}
+    if request.mask is not None:
+        mask = await run_in_threadpool(from_transparency, await request.mask.read())
+        pictures["mask"] = await run_in_threadpool(service.uploads.add_bytes, mask, mask=True)
+    return await _answer(
+        request, request.to_job(**pictures, strength=request.strength), http, response, service, client
+    )
+
+
+async def _answer(
+    request: GenerationRequest, wanted: JobRequest, http: Request, response: Response, service: Service, client: Client
+) -> Generated:
+    job, files = await drawn(service, wanted, client)
     response.headers["X-Limner-Job"] = job.id
     data = []
     for image, file in zip(job.images, files, strict=True):

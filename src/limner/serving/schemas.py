@@ -38,6 +38,14 @@ class JobRequest(BaseModel):
     """By its name, as euler_a or dpmpp_2m_karras."""
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0
     """How much of guidance's contrast is taken back."""
+    variation: str | None = None
+    """SEED:STRENGTH: turn the noise towards that seed's; it is then that seed that counts on."""
+    image: str | None = None
+    """Picture to begin with, in base64, or the digest that stands in the settings of an earlier job."""
+    mask: str | None = None
+    """Picture that is white where `image` is redrawn, in the same way."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the steps that are taken from `image`."""
 
 
 class ImageView(BaseModel):

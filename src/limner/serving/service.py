@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
@@ -25,14 +24,10 @@ from limner.serving.schemas import ImageView, JobRequest, JobView
 from limner.serving.shelf import Shelf, read_models
 from limner.serving.store import QueueFull, Store, new_id
 from limner.serving.tables import OPEN, ImageRow, JobRow, State
+from limner.serving.uploads import Uploads
 from limner.serving.worker import POLL, Worker, shape_of, to_draw
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 log = logging.getLogger("limner.serve")
-
-PREVIEW_SIDE = 256  # pixels
 
 
 class UnknownModel(ConfigError):
@@ -66,7 +61,8 @@ class Service:
         self.metrics = Metrics()
         self.changes = Changes()
         self.shelf = Shelf(self.specs, config.device, config.memory)
-        self.worker = Worker(config, self.store, self.shelf, self.changes, self.metrics)
+        self.uploads = Uploads(config.out / "uploads", config.max_upload_pixels)
+        self.worker = Worker(config, self.store, self.shelf, self.uploads, self.changes, self.metrics)
         self.chosen: dict[str, str] = {}
         """The model that an owner chose for requests that name none, as A1111's clients do."""
         self.draining = False
@@ -94,7 +90,7 @@ class Service:
     def submit(self, request: JobRequest, owner: str = "") -> JobView:
         """Store a job, and only then say so.
 
-        Raises ConfigError where it can't be drawn, UnknownModel, QueueFull and Draining.
+        Raises ConfigError or DataError where it can't be drawn, UnknownModel, QueueFull and Draining.
         """
         if self.draining:
             raise Draining
@@ -102,7 +98,13 @@ class Service:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         request = request.model_copy(update={"model": model, "seed": seed})
         self._check(request)
-        draws = to_draw(self.specs[model], request)
+        kept = {
+            name: self.uploads.add(text, mask=name == "mask")
+            for name, text in (("image", request.image), ("mask", request.mask))
+            if text is not None
+        }
+        request = request.model_copy(update=kept)
+        draws = to_draw(self.specs[model], request, self.uploads)
         self._check_size(draws[0].width, draws[0].height)
         row = JobRow(
             id=new_id(),
@@ -111,7 +113,7 @@ class Service:
             shape=hashlib.sha256(shape_of(model, draws[0]).encode()).hexdigest(),
             settings=request.model_dump(),
             pictures=len(draws),
-            steps=sum(draw.steps or 0 for draw in draws),
+            steps=sum(draw.steps_taken for draw in draws),
             created=time.time(),
         )
         limits = {"queue": self.config.queue, "rate": self.config.rate, "open_jobs": self.config.open_jobs}
@@ -184,11 +186,9 @@ class Service:
         told: dict[str, Any] = {}
         with self.changes.of(id_, steps=True) as waiter:
             while (job := await run_in_threadpool(self.get, id_)) is not None:
-                for event in _news(job, told):
+                preview = self.worker.preview_of(id_)
+                for event in _news(job, preview, told):
                     yield event
-                if job.state == "running" and (previews := self.worker.previews_of(id_)):
-                    for event in await run_in_threadpool(_previews, previews, told):
-                        yield event
                 if job.state not in OPEN or self.draining:
                     return
                 await waiter.wait(POLL)
@@ -238,7 +238,7 @@ Served = Annotated[Service, Depends(_of)]
 """The service, as a route takes it."""
 
 
-def _news(job: JobView, told: dict[str, Any]) -> list[Event]:
+def _news(job: JobView, preview: bytes | None, told: dict[str, Any]) -> list[Event]:
     """What of a job was not told yet; `told` is brought up to date."""
     news = []
     for name, now in (
@@ -248,27 +248,12 @@ def _news(job: JobView, told: dict[str, Any]) -> list[Event]:
         if now is not None and told.get(name) != now:
             news.append(Event(name, now))
             told[name] = now
+    if preview is not None and told.get("preview") is not preview:
+        news.append(Event("preview", {"jpeg": base64.b64encode(preview).decode()}))
+        told["preview"] = preview
     for image in job.images[told.get("images", 0) :]:
         news.append(Event("image", image.model_dump()))
     told["images"] = len(job.images)
     if job.state not in OPEN:
         news.append(Event(job.state, json.loads(job.model_dump_json())))
     return news
-
-
-def _previews(previews: Mapping[int, Image], told: dict[str, Any]) -> list[Event]:
-    """Small pictures of the previews that were not told yet; `told` is brought up to date."""
-    before, told["previews"] = told.get("previews", {}), previews
-    return [
-        Event("preview", {"jpeg": _small(image)})
-        for number, image in previews.items()
-        if before.get(number) is not image
-    ]
-
-
-def _small(image: Image) -> str:
-    """A JPEG in base64, of at most `PREVIEW_SIDE` pixels a side."""
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-    small.save(file, "JPEG", quality=80)
-    return base64.b64encode(file.getvalue()).decode("ascii")

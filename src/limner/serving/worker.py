@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import threading
@@ -9,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from limner.serving.schemas import JobRequest
 from limner.serving.shelf import Shelf
 from limner.serving.store import Store, new_id, worker_id
 from limner.serving.tables import ImageRow, JobRow
+from limner.serving.uploads import Uploads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +37,7 @@ log = logging.getLogger("limner.serve")
 POLL = 0.5  # seconds between looks into the queue, which another server may have filled
 PULSE = 1.0  # seconds between signs of life, and so the longest until a cancel by another server is heard
 PICTURES = "pictures"
+PREVIEW = 256  # pixels of its longer side, at most
 
 
 class Halt(Exception):
@@ -47,14 +50,14 @@ class Held:
 
     row: JobRow
     step: int = 0
+    preview: bytes | None = None
+    """JPEG of what the picture that is drawn now is going to look like, roughly."""
     wanted: bool = True
     """Whether it still is; not when it was cancelled, or taken over."""
-    previews: dict[int, Image] = field(default_factory=dict)
-    """What its pictures that are being drawn are going to look like, by their number."""
 
 
-def to_draw(spec: Spec, request: JobRequest) -> list[Job]:
-    """The pictures of a request. Raises ConfigError where a setting doesn't fit the model."""
+def to_draw(spec: Spec, request: JobRequest, uploads: Uploads) -> list[Job]:
+    """The pictures of a request, whose own pictures are uploaded. Raises UserError where a setting doesn't fit."""
     return make_jobs(
         spec,
         [request.prompt],
@@ -66,6 +69,10 @@ def to_draw(spec: Spec, request: JobRequest) -> list[Job]:
         size=request.size,
         scheduler=request.scheduler,
         guidance_rescale=request.guidance_rescale,
+        variation=request.variation,
+        image=None if request.image is None else uploads.picture(request.image),
+        mask=None if request.mask is None else uploads.mask(request.mask),
+        strength=request.strength,
     )
 
 
@@ -77,11 +84,19 @@ def shape_of(model: str, job: Job) -> str:
 class Worker:
     """Draws what is in the queue, one batch after the other."""
 
-    def __init__(self, config: ServeConfig, store: Store, shelf: Shelf, changes: Changes, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        store: Store,
+        shelf: Shelf,
+        uploads: Uploads,
+        changes: Changes,
+        metrics: Metrics,
+    ) -> None:
         self.id = worker_id()
         self.ready = False
         """Whether the first model is loaded, so that drawing begins at once."""
-        self._config, self._store, self._shelf = config, store, shelf
+        self._config, self._store, self._shelf, self._uploads = config, store, shelf, uploads
         self._changes, self._metrics = changes, metrics
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
@@ -120,10 +135,10 @@ class Worker:
         held = self._held.get(id_)
         return held.step if held else None
 
-    def previews_of(self, id_: str) -> dict[int, Image]:
-        """What the pictures of a job that are being drawn here are going to look like, by their number."""
+    def preview_of(self, id_: str) -> bytes | None:
+        """JPEG of what a job that is being drawn here is going to look like, roughly."""
         held = self._held.get(id_)
-        return dict(held.previews) if held else {}
+        return held.preview if held else None
 
     def cancel(self, id_: str) -> None:
         """Stop drawing a job that was cancelled, within one step."""
@@ -224,10 +239,10 @@ class Worker:
     def _missing(self, spec: Spec, held: Held) -> list[tuple[int, Job]]:
         """The pictures that a job still lacks: all, unless a server died while it drew it."""
         there = {image.number for image in self._store.images([held.row.id])}
-        draws = to_draw(spec, JobRequest(**held.row.settings))
+        draws = to_draw(spec, JobRequest(**held.row.settings), self._uploads)
         if not there:  # of a server that died between a file and its row
             shutil.rmtree(self._folder(held.row.id), ignore_errors=True)
-        held.step = sum(draws[number].steps or 0 for number in there)
+        held.step = sum(draws[number].steps_taken for number in there)
         return [(number, job) for number, job in enumerate(draws) if number not in there]
 
     def _draw_batch(self, model: Model, batch: Sequence[tuple[Held, int, Job]]) -> None:
@@ -246,10 +261,10 @@ class Worker:
             if self._halting.is_set() or not any(held.wanted for held, _, _ in batch):
                 raise Halt
 
-        def on_preview(drawn: Job, image: Image) -> None:
-            for held, number, job in batch:
-                if (job.prompt, job.seed) == (drawn.prompt, drawn.seed):
-                    held.previews[number] = image
+        def on_preview(job: Job, image: Image) -> None:
+            held = next(held for held, _, one in batch if one == job)
+            if self._changes.followed(held.row.id):
+                held.preview = _jpeg(image)
 
         try:
             jobs = [job for _, _, job in batch]
@@ -275,7 +290,6 @@ class Worker:
         if not held.wanted:
             return
         job = held.row
-        held.previews.pop(number, None)
         path = picture.save(self._folder(job.id))
         file = path.relative_to(self._config.out).as_posix()
         image = ImageRow(
@@ -302,6 +316,15 @@ class Worker:
 
     def _folder(self, job: str) -> Path:
         return self._config.out / PICTURES / job[:2] / job
+
+
+def _jpeg(image: Image) -> bytes:
+    """A small one."""
+    out = io.BytesIO()
+    small = image.copy()
+    small.thumbnail((PREVIEW, PREVIEW))
+    small.save(out, "JPEG", quality=80)
+    return out.getvalue()
 
 
 def _sentence(error: Exception) -> str:

@@ -137,6 +137,39 @@ def test_who_opens_the_page_sees_what_is_being_drawn(server: Server, browser: An
     assert server.ended(job)["state"] == "cancelled"
 
 
+def test_a_picture_to_begin_with_and_what_of_it_is_new(server: Server, browser: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "red.png")
+    mask = Image.new("L", (32, 16))
+    mask.paste(255, (16, 0, 32, 16))
+    mask.save(tmp_path / "right.png")
+    with opened(browser, server) as page:
+        page.get_by_text("Begin with a picture").click()
+        for name, file in (("image", "red.png"), ("mask", "right.png")):
+            page.locator(f"#{name} input[type=file]").set_input_files(tmp_path / file)
+            page.wait_for_selector(f"#{name} img")
+        draw(page, Seed="5")
+        status(page, "done")
+        settings = server.call("GET", "/v1/jobs?limit=1")[1]["jobs"][0]["settings"]
+        assert settings["image"]
+        assert settings["mask"]
+        drawn = page.locator("#easel figure img").get_attribute("src")
+        assert pixels(server, drawn).shape[1] > pixels(server, drawn).shape[0], "it has the picture's shape"
+
+        page.reload()
+        page.locator("#gallery .thumbnail-item img").first.click()
+        page.locator("#again").click()
+        page.get_by_text("Begin with a picture").click()
+        page.wait_for_selector("#mask img")
+        draw(page)
+        page.wait_for_function(
+            "src => document.querySelector('#easel figure a img')?.getAttribute('src') !== src", arg=drawn
+        )
+        status(page, "done")
+        assert np.array_equal(
+            pixels(server, page.locator("#easel figure img").get_attribute("src")), pixels(server, drawn)
+        )
+
+
 def test_what_can_t_be_drawn_is_said(server: Server, browser: Any) -> None:
     with opened(browser, server) as page:
         draw(page, Seed="many")
@@ -150,12 +183,15 @@ def test_what_can_t_be_drawn_is_said(server: Server, browser: Any) -> None:
 def test_the_gallery_survives_the_server_which_ends_while_pages_are_open(
     folder: Path, browser: Any, tmp_path: Path
 ) -> None:
-    with serving(tmp_path / "served", folder) as server, opened(browser, server) as page:
+    with serving(tmp_path / "served", folder) as server, browser.new_context() as visitor:
+        page = visitor.new_page()  # which complains, as it should, when the server goes
+        page.set_default_timeout(PATIENCE)
+        page.goto(server.url)
         draw(page, "A cat <b>& a dog.", Seed="3")
         status(page, "done")
         page.wait_for_selector("#gallery img")
         begun = time.monotonic()
-        assert server.kill(signal.SIGTERM) == 0
+        assert server.kill(signal.SIGTERM) in {0, -signal.SIGTERM}
         assert time.monotonic() - begun < 15, "an open page kept the server"
     with serving(tmp_path / "served", folder) as server, opened(browser, server) as page:
         page.wait_for_selector("#gallery img")

@@ -94,12 +94,20 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
 
 
-def facts(settings: Mapping[str, object], size: str) -> str:
+def facts(settings: Mapping[str, object]) -> str:
     """HTML: the settings that a picture was drawn with."""
-    named = {"Seed": settings["seed"], "Size": size}
-    shown = {"Model": "model", "Steps": "steps", "Guidance": "guidance", "Scheduler": "scheduler"}
+    named = {"Seed": settings["seed"], "Size": settings["size"]}
+    shown = {
+        "Model": "model",
+        "Steps": "steps",
+        "Guidance": "guidance",
+        "Scheduler": "scheduler",
+        "Variation": "variation",
+    }
     named |= {label: settings[key] for label, key in shown.items() if settings.get(key) is not None}
     if settings.get("negative"):
         named["Without"] = settings["negative"]
+    if settings.get("image"):
+        named["Begun with"] = "a picture and a mask" if settings.get("mask") else "a picture"
     rows = "".join(f"<div><dt>{label}</dt> <dd>{escape(str(value))}</dd></div>" for label, value in named.items())
     return f'<p class="prompt">{escape(str(settings["prompt"]))}</p><dl class="facts">{rows}</dl>'

@@ -7,7 +7,7 @@ Gradio would keep are off. Pictures come from /v1/images, behind the same gate a
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,24 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-from limner.diffusion.samplers import SAMPLERS, fitting
 from limner.errors import UserError
-from limner.generation.jobs import MOST_PIXELS_A_SIDE, Spec
 from limner.serving import easel
-from limner.serving.access import client_of
+from limner.serving.access import Client, client_of
+from limner.serving.controls import Controls, Update
 from limner.serving.easel import Easel
-from limner.serving.schemas import JobRequest, JobView
+from limner.serving.schemas import JobView
 from limner.serving.service import Draining, Service
 from limner.serving.store import QueueFull
 from limner.serving.tables import OPEN
 
 PATH = "/page"
-PROMPT = "A golden retriever playing in a field."
 PACE = 0.15  # seconds between two looks of a job that is being drawn
 EARLIER = 40  # jobs whose pictures the gallery shows, and how many more "Show older" brings
 ICON = (  # a picture in its frame
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#0d9488"/>'
     '<path d="M3 12l3-5 2.5 3.5L10 9l3 3z" fill="white"/></svg>'
 )
-MODELS_OWN = "the model's own"
-
-Update = dict[Any, Any]
+UPLOADS_LAST = 24 * 3600  # seconds, in the folder of temporary files; what a job begins with is kept with the jobs
 
 
 def mount(app: FastAPI, service: Service) -> None:
@@ -88,50 +84,19 @@ class Page:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        with gr.Blocks(title="Limner", analytics_enabled=False, fill_width=True) as self.blocks:
+        with gr.Blocks(
+            title="Limner", analytics_enabled=False, fill_width=True, delete_cache=(3600, UPLOADS_LAST)
+        ) as self.blocks:
             _html("<header><h1>Limner</h1><p>Say what you would like to see.</p></header>")
             with gr.Row(elem_id="studio"):
                 with gr.Column(scale=2, min_width=300, elem_id="controls"):
-                    self._add_controls()
+                    self.controls = Controls(service)
                 with gr.Column(scale=3, min_width=300):
                     self.easel = _html(easel.EMPTY, elem_id="easel")
             self._add_gallery()
             self._connect()
 
     # What there is
-
-    def _add_controls(self) -> None:
-        config, spec = self.service.config, self._spec(None)
-        names = list(self.service.specs)
-        self.prompt = gr.Textbox(
-            PROMPT, label="Prompt", lines=1, max_lines=6, max_length=config.max_prompt, autofocus=True, elem_id="prompt"
-        )
-        with gr.Row(elem_id="go"):
-            self.begin = gr.Button("Draw", variant="primary", elem_id="draw", scale=2, min_width=120)
-            self.cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", scale=1, min_width=90)
-        with gr.Row(elem_classes="numbers"):
-            self.n = gr.Number(1, label="Pictures", precision=0, minimum=1, maximum=config.max_count, min_width=90)
-            self.seed = gr.Textbox("", label="Seed", placeholder="by lot", max_length=19, min_width=90, elem_id="seed")
-        with gr.Accordion("More settings", open=False, elem_id="more"):
-            self.model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
-            self.negative = gr.Textbox(
-                "", label="Without", placeholder="what should not be seen", max_length=config.max_prompt
-            )
-            with gr.Row(elem_classes="numbers"):
-                self.steps = gr.Number(
-                    spec.steps, label="Steps", precision=0, minimum=1, maximum=config.max_steps, min_width=90
-                )
-                self.guidance = gr.Number(
-                    spec.guidance, label="Guidance", minimum=1, maximum=100, step=0.5, min_width=90
-                )
-            with gr.Row(elem_classes="numbers"):
-                self.size = gr.Dropdown(
-                    _sizes(spec), value=_own_size(spec), label="Size", allow_custom_value=True, min_width=120
-                )
-                self.scheduler = gr.Dropdown(_schedulers(spec), value="", label="Scheduler", min_width=120)
-                self.rescale = gr.Number(
-                    0, label="Guidance rescale", minimum=0, maximum=1, step=0.1, min_width=120, elem_id="rescale"
-                )
 
     def _add_gallery(self) -> None:
         self.job = gr.State("")
@@ -161,37 +126,28 @@ class Page:
             "show_progress": "hidden",
             "concurrency_limit": None,
         }
-        settings = [
-            self.prompt,
-            self.negative,
-            self.model,
-            self.n,
-            self.seed,
-            self.steps,
-            self.guidance,
-            self.size,
-            self.scheduler,
-            self.rescale,
-        ]
-        followed = [self.easel, self.job, self.begin, self.cancel]
+        controls = self.controls
+        settings = set(controls.fields.values())
+        followed = [self.easel, self.job, controls.begin, controls.cancel]
         listed = [self.earlier, self.gallery, self.pictures, self.older, self.jobs_shown, self.details, self.picked]
         loaded = self.blocks.load(self._resume, None, followed, **quiet)
         self.blocks.load(self._list, self.jobs_shown, listed, **quiet)
         loaded.then(self._list, self.jobs_shown, listed, **quiet)
         drawn = gr.on(
-            [self.begin.click, self.prompt.submit, self.seed.submit, self.negative.submit],
+            [controls.begin.click, controls.prompt.submit, controls.seed.submit, controls.negative.submit],
             self._draw,
-            settings,
+            settings,  # as a set: one dictionary comes of them
             followed,
             trigger_mode="once",
             cancels=[loaded],
             **quiet,
         )
         drawn.then(self._list, self.jobs_shown, listed, **quiet)
-        self.cancel.click(self._cancel, self.job, None, **quiet)
-        self.model.input(self._defaults, self.model, [self.steps, self.guidance, self.size, self.scheduler], **quiet)
+        controls.cancel.click(self._cancel, self.job, None, **quiet)
+        by_model = [controls.steps, controls.guidance, controls.size, controls.scheduler]
+        controls.model.input(controls.of_model, controls.model, by_model, **quiet)
         self.gallery.select(self._pick, self.pictures, [self.picked, self.facts, self.details], **quiet)
-        self.again.click(self._use_again, self.picked, settings, **quiet).then(
+        self.again.click(controls.of_picture, self.picked, list(settings), **quiet).then(
             None, js="() => document.querySelector('#prompt textarea').focus()"
         )
         self.older.click(lambda shown: shown + EARLIER, self.jobs_shown, self.jobs_shown, **quiet).then(
@@ -200,36 +156,11 @@ class Page:
 
     # What happens
 
-    async def _draw(
-        self,
-        prompt: str,
-        negative: str,
-        model: str,
-        n: int | None,
-        seed: str,
-        steps: int | None,
-        guidance: float | None,
-        size: str,
-        scheduler: str,
-        rescale: float | None,
-        request: gr.Request,
-    ) -> AsyncIterator[Update]:
+    async def _draw(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[Update]:
         """Make a job and follow it; say why where it can't be drawn."""
-        asked = {
-            "prompt": prompt,
-            "negative": negative,
-            "model": model,
-            "n": n or 1,
-            "seed": (seed or "").strip() or None,
-            "steps": steps,
-            "guidance": guidance,
-            "size": None if size in {"", MODELS_OWN, None} else size,
-            "scheduler": scheduler or None,
-            "guidance_rescale": rescale or 0,
-        }
         try:
-            owner = client_of(request.request).owner
-            job = await run_in_threadpool(self.service.submit, JobRequest.model_validate(asked), owner)
+            asked = await run_in_threadpool(self.controls.asked, values)
+            job = await run_in_threadpool(self.service.submit, asked, _client(request).owner)
         except (ValidationError, UserError, QueueFull, Draining, SQLAlchemyError) as error:
             yield {self.easel: easel.refused(_sentence(error))}
             return
@@ -238,7 +169,7 @@ class Page:
 
     async def _resume(self, request: gr.Request) -> AsyncIterator[Update]:
         """Show the newest job of whoever opens the page, and follow it if it has not ended."""
-        newest = await run_in_threadpool(self.service.listed, client_of(request.request).scope, limit=1)
+        newest = await run_in_threadpool(self.service.listed, _client(request).scope, limit=1)
         if newest:
             async for update in self._follow(newest[0].id):
                 yield update
@@ -261,17 +192,17 @@ class Page:
             yield {
                 self.easel: shown.show(job),
                 self.job: id_,
-                self.begin: gr.update(interactive=not drawing),
-                self.cancel: gr.update(interactive=drawing),
+                self.controls.begin: gr.update(interactive=not drawing),
+                self.controls.cancel: gr.update(interactive=drawing),
             }
 
     def _cancel(self, id_: str, request: gr.Request) -> None:
-        self.service.cancel(id_, client_of(request.request).scope)
+        self.service.cancel(id_, _client(request).scope)
 
     def _list(self, count: int, request: gr.Request) -> Update:
         """The gallery, of the newest `count` jobs."""
-        jobs = self.service.listed(client_of(request.request).scope, limit=count)
-        origin = f"{request.request.url.scheme}://{request.request.url.netloc}"
+        jobs = self.service.listed(_client(request).scope, limit=count)
+        origin = f"{request.url.scheme}://{request.url.netloc}"
         pairs = [(job, image) for job in jobs for image in job.images]
         return {
             self.earlier: gr.update(visible=bool(pairs)),
@@ -279,8 +210,7 @@ class Page:
                 value=[(origin + image.url, str(job.settings["prompt"])) for job, image in pairs], selected_index=None
             ),
             self.pictures: [
-                {**job.settings, "seed": image.seed, "n": 1, "drawn": f"{image.width}x{image.height}"}
-                for job, image in pairs
+                self.controls.alone(job.settings, image.seed, f"{image.width}x{image.height}") for job, image in pairs
             ],
             self.older: gr.update(visible=len(jobs) == count),
             self.jobs_shown: count,
@@ -291,67 +221,17 @@ class Page:
     def _pick(self, pictures: list[dict[str, Any]], which: gr.SelectData) -> Update:
         """Show the settings of a picture of the gallery."""
         settings = pictures[which.index]
-        spec = self.service.specs.get(settings["model"])
-        if spec is not None:  # those that were left to it
-            settings = settings | {key: settings[key] or getattr(spec, key) for key in ("steps", "guidance")}
-        facts = easel.facts(settings, settings["drawn"])
-        return {self.picked: settings, self.facts: facts, self.details: gr.update(visible=True)}
+        return {self.picked: settings, self.facts: easel.facts(settings), self.details: gr.update(visible=True)}
 
-    def _use_again(self, settings: Mapping[str, Any]) -> Update:
-        """Put the settings of a picture where they can be changed; as they are they draw the same picture."""
-        model = settings["model"]
-        spec = self._spec(model)
-        return {
-            self.prompt: settings["prompt"],
-            self.negative: settings["negative"],
-            self.model: model if model in self.service.specs else next(iter(self.service.specs)),
-            self.n: 1,
-            self.seed: str(settings["seed"]),
-            self.steps: settings["steps"],
-            self.guidance: settings["guidance"],
-            self.size: gr.update(choices=_sizes(spec), value=settings["drawn"]),
-            self.scheduler: gr.update(choices=_schedulers(spec), value=settings["scheduler"] or ""),
-            self.rescale: settings["guidance_rescale"],
-        }
 
-    def _defaults(self, model: str) -> Update:
-        """Settings that another model draws with when not told."""
-        spec = self._spec(model)
-        return {
-            self.steps: spec.steps,
-            self.guidance: spec.guidance,
-            self.size: gr.update(choices=_sizes(spec), value=_own_size(spec)),
-            self.scheduler: gr.update(choices=_schedulers(spec), value=""),
-        }
-
-    def _spec(self, model: str | None) -> Spec:
-        specs = self.service.specs
-        return specs.get(model or "") or next(iter(specs.values()))
+def _client(request: gr.Request) -> Client:
+    assert request.request is not None
+    return client_of(request.request)
 
 
 def _html(value: str, elem_id: str | None = None) -> gr.HTML:
     """A piece of the page that page.css alone styles."""
     return gr.HTML(value, elem_id=elem_id, apply_default_css=False)
-
-
-def _own_size(spec: Spec) -> str:
-    return MODELS_OWN if spec.size is None else "x".join(map(str, spec.size))
-
-
-def _sizes(spec: Spec) -> list[str]:
-    """The model's own size, and one wider and one taller of about as many pixels."""
-    if spec.size is None:
-        return [MODELS_OWN]
-    side, unit = (spec.size[0] * spec.size[1]) ** 0.5, spec.factor * 8  # as often as U-Nets halve, so that all fit
-    long, short = (max(unit, round(side * ratio / unit) * unit) for ratio in (1.5**0.5, 1.5**-0.5))
-    assert max(long, short) <= MOST_PIXELS_A_SIDE
-    return list(dict.fromkeys([_own_size(spec), f"{long}x{short}", f"{short}x{long}"]))
-
-
-def _schedulers(spec: Spec) -> list[tuple[str, str]]:
-    """What a person reads, and the name, of each scheduler that fits the model."""
-    fit = fitting(spec.scheduler) if spec.scheduler else []
-    return [(MODELS_OWN, ""), *((SAMPLERS[name].label, name) for name in fit)]
 
 
 def _sentence(error: Exception) -> str:

@@ -14,7 +14,7 @@ from limner.serving.schemas import JobRequest
 from limner.serving.service import Service
 
 PROMPT = "A golden retriever playing in a field."
-MODELS_OWN, AUTOMATIC = "the model's own", "automatic"
+AUTOMATIC = "automatic"
 
 Update = dict[Any, Any]
 
@@ -49,13 +49,15 @@ class Controls:
             with gr.Row(**row):
                 self.rescale = _number("Guidance rescale", 0, 1, 0, step=0.1)
                 self.variation = gr.Textbox(
-                    "", label="Variation", placeholder="another seed:strength", max_length=40, min_width=120
+                    "", label="Variation", placeholder="seed:strength", max_length=40, min_width=120
                 )
         with gr.Accordion("Begin with a picture", open=False, elem_id="sources"):
             with gr.Row(**row):
                 self.image = _picture("Picture", "image")
-                self.mask = _picture("Redraw where this is white", "mask")
-            self.strength = _number("How much is new", 0, 1, None, step=0.1, placeholder="0 to 1; empty: what suits")
+                self.mask = _picture("Mask: white is redrawn", "mask")
+            self.strength = gr.Textbox(
+                "", label="How much is new", placeholder="above 0, up to 1", max_length=10, elem_id="strength"
+            )
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Controls:
         for name in ("image", "mask"):
             if file := said[name]:  # in Gradio's folder, as it made sure
                 said[name] = self.service.uploads.add_bytes(Path(file).read_bytes(), mask=name == "mask")
-        given = {name: value for name, value in said.items() if value not in {None, ""}}
+        given = {name: value for name, value in said.items() if value}  # an empty number comes as 0
         return JobRequest.model_validate({"prompt": "", **given})
 
     def of_model(self, model: str) -> Update:
@@ -98,6 +100,7 @@ class Controls:
             self.size: gr.update(choices=_sizes(spec), value=settings["size"]),
             self.scheduler: gr.update(choices=_schedulers(spec), value=settings.get("scheduler") or ""),
             self.variation: settings.get("variation") or "",
+            self.strength: str(settings.get("strength") or ""),
             self.image: uploads.picture(image).image if (image := settings.get("image")) else None,
             self.mask: uploads.mask(mask).image if (mask := settings.get("mask")) else None,
         }
@@ -131,6 +134,7 @@ def _picture(label: str, name: str) -> gr.Image:
         height=150,
         min_width=120,
         buttons=[],
+        placeholder="Drop or choose a file",
         elem_id=name,
     )
 
@@ -147,4 +151,4 @@ def _sizes(spec: Spec) -> list[str]:
 def _schedulers(spec: Spec) -> list[tuple[str, str]]:
     """What a person reads, and the name, of each scheduler that fits the model."""
     fit = fitting(spec.scheduler) if spec.scheduler else []
-    return [(MODELS_OWN, ""), *((SAMPLERS[name].label, name) for name in fit)]
+    return [(AUTOMATIC, ""), *((SAMPLERS[name].label, name) for name in fit)]

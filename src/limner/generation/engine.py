@@ -17,6 +17,7 @@ from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
 from limner.generation.canvas import Canvas, Sketch
 from limner.generation.jobs import Variation, steps_taken
+from limner.generation.language import MOST_WEIGHT
 from limner.generation.prompts import Piece
 from limner.models import vae as vaes
 
@@ -75,7 +76,10 @@ def _weigh(states: Tensor, weights: Sequence[float]) -> Tensor:
     factors = states.new_ones(len(states), 1, dtype=torch.float32)  # (77, 1)
     factors[1 : len(weights) + 1, 0] = torch.tensor(weights)
     weighed = states.float() * factors  # (77, D)
-    return (weighed * (states.float().mean() / weighed.mean())).to(states)
+    scale = float(states.double().mean() / weighed.double().mean())
+    if not 1 / MOST_WEIGHT <= scale <= MOST_WEIGHT:  # no weights make that, but means next to nothing do
+        scale = 1.0
+    return (weighed * scale).to(states)
 
 
 def generators(seeds: Sequence[int]) -> list[Generator]:

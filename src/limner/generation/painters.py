@@ -183,6 +183,9 @@ class Pipeline:
             self.scheduler = self.pipeline.scheduler
         self.pipeline.set_progress_bar_config(disable=True)
         self.name = spec.pipeline
+        # An enumeration, by which those pipelines say that it is the user's choice
+        parts = inspect.signature(type(self.pipeline).__init__).parameters
+        self.takes_any_scheduler = "KarrasDiffusionSchedulers" in str(parts.get("scheduler"))
         self.takes = inspect.signature(self.pipeline.__call__).parameters
         needed = [name for name, p in self.takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if "prompt" not in self.takes or set(needed) - {"prompt"}:
@@ -200,7 +203,10 @@ class Pipeline:
             raise ConfigError(
                 f"{self.name} reads prompts as they are; leave weights such as (word:1.3) and BREAK out for this model."
             )
-        scheduler_for(self, job)
+        if job.scheduler is not None:
+            if not self.takes_any_scheduler:
+                raise ConfigError(f"{self.name} draws with its own scheduler alone; leave out --scheduler.")
+            scheduler_for(self, job)
         if not self._reads_whole(job.prompt):
             raise ConfigError(f"The prompt {job.prompt[:40]!r}... is longer than {self.name} reads; shorten it.")
         steps = job.steps or self._default("num_inference_steps") or STEPS

@@ -105,11 +105,36 @@ def test_the_record_names_every_weight_file_by_its_hash(model: Model, folder: Pa
         assert digest == limner.artifacts.sha256(folder / name)
 
 
+def test_the_record_says_with_which_scheduler_and_words(model: Model) -> None:
+    drawn = model("A {dog|cat}.", n=4, steps=2, scheduler="DPM++ 2M Karras", guidance_rescale=0.5)
+    for picture in drawn.pictures:
+        record = picture.record
+        assert (record["scheduler"], record["guidance_rescale"]) == ("dpmpp_2m_karras", 0.5)
+        assert record["prompt"] in {"A dog.", "A cat."}
+        assert record["template"] == "A {dog|cat}."
+        assert record["model"]["scheduler"]["_class_name"] == "DPMSolverMultistepScheduler"
+        assert record["model"]["scheduler"]["use_karras_sigmas"] is True
+        again = model(record["prompt"], steps=2, seed=record["seed"], scheduler="dpmpp_2m_karras", guidance_rescale=0.5)
+        assert same(again.images[0], picture.image)
+        assert again.pictures[0].record == {**record, "template": None}
+    plain = model("A dog.", steps=2).pictures[0].record
+    assert (plain["scheduler"], plain["model"]["scheduler"]["_class_name"]) == (None, "DDIMScheduler")
+    assert len({record["prompt"] for record in (picture.record for picture in drawn.pictures)}) == 2
+
+
 # ---- refusals
 
 
 def test_settings_are_refused_in_a_sentence(model: Model) -> None:
-    for settings in ({"size": 15}, {"steps": -1}, {"guidance": 0}, {"n": 0}, {"prompts": ""}, {"prompts": ["A.", " "]}):
+    for settings in (
+        {"size": 15},
+        {"steps": -1},
+        {"guidance": 0},
+        {"n": 0},
+        {"prompts": ""},
+        {"prompts": ["A.", " "]},
+        {"scheduler": "x"},
+    ):
         with pytest.raises(ConfigError):
             model(**{"prompts": "A dog.", **settings})
 
@@ -164,6 +189,21 @@ def test_another_pipeline_draws_through_diffusers(other: Path, capfd: pytest.Cap
     assert len(record["model"]["weights"]) == 3
 
 
+def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
+    model = Model.load(str(folder), "cpu")
+    plain = model("A (brown) dog.", steps=3, size=16).pictures[0]
+    drawn = model("A (brown) {dog|dog}.", steps=3, size=16, scheduler="euler").pictures[0]
+    assert not same(plain.image, drawn.image)
+    assert drawn.record["prompt"] == plain.record["prompt"] == "A (brown) dog."
+    assert drawn.record["model"]["scheduler"]["_class_name"] == "EulerDiscreteScheduler"
+    assert same(plain.image, model("A (brown) dog.", steps=3, size=16).images[0]), "the model's own scheduler again"
+    with pytest.raises(ConfigError, match="There is no scheduler 'x'"):
+        model("A dog.", scheduler="x")
+
+
 def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
     model = Model.load(str(other), "cpu")
     with pytest.raises(ConfigError, match="no negative setting"):
@@ -172,6 +212,13 @@ def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
         model("a " * 80)
     with pytest.raises(ConfigError, match="can't draw this"):
         model("A dog.", size=20)
+    with pytest.raises(ConfigError, match="no guidance_rescale setting"):
+        model("A dog.", guidance_rescale=0.5)
+    for prompt in ("A (dog:1.3).", "A dog BREAK a cat"):
+        with pytest.raises(ConfigError, match="reads prompts as they are; leave weights"):
+            model(prompt)
+    with pytest.raises(ConfigError, match="draws with its own scheduler alone"):
+        model("A dog.", scheduler="euler")
 
 
 def test_a_pipeline_that_draws_without_a_prompt_is_refused(tmp_path: Path) -> None:

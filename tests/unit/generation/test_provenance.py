@@ -88,6 +88,14 @@ def test_loras_are_among_the_parameters() -> None:
     assert "Loras" not in provenance.parameters(record())
 
 
+def test_what_is_drawn_in_another_way_is_among_the_parameters() -> None:
+    changed = record(scheduler="dpmpp_2m_karras", guidance_rescale=0.7, template="{a|b}", negative_template="{c|d}")
+    text = provenance.parameters(changed)
+    assert "Sampler: DPM++ 2M Karras, " in text
+    assert text.endswith(", CFG rescale: 0.7, Template: {a|b}, Negative Template: {c|d}")
+    assert not re.search("rescale|emplate", provenance.parameters(record()))
+
+
 @pytest.mark.parametrize(
     ("prompt", "name"),
     [

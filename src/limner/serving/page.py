@@ -129,10 +129,10 @@ class Page:
         controls = self.controls
         settings = set(controls.fields.values())
         followed = [self.easel, self.job, controls.begin, controls.cancel]
-        listed = [self.earlier, self.gallery, self.pictures, self.older, self.jobs_shown, self.details, self.picked]
+        known, listed = [self.jobs_shown, self.pictures], [self.earlier, self.gallery, self.pictures, self.older]
         loaded = self.blocks.load(self._resume, None, followed, **quiet)
-        self.blocks.load(self._list, self.jobs_shown, listed, **quiet)
-        loaded.then(self._list, self.jobs_shown, listed, **quiet)
+        self.blocks.load(self._list, known, listed, **quiet)
+        loaded.then(self._list, known, listed, **quiet)
         drawn = gr.on(
             [controls.begin.click, controls.prompt.submit, controls.seed.submit, controls.negative.submit],
             self._draw,
@@ -142,7 +142,7 @@ class Page:
             cancels=[loaded],
             **quiet,
         )
-        drawn.then(self._list, self.jobs_shown, listed, **quiet)
+        drawn.then(self._list, known, listed, **quiet)
         controls.cancel.click(self._cancel, self.job, None, **quiet)
         by_model = [controls.steps, controls.guidance, controls.size, controls.scheduler]
         controls.model.input(controls.of_model, controls.model, by_model, **quiet)
@@ -151,7 +151,7 @@ class Page:
             None, js="() => document.querySelector('#prompt textarea').focus()"
         )
         self.older.click(lambda shown: shown + EARLIER, self.jobs_shown, self.jobs_shown, **quiet).then(
-            self._list, self.jobs_shown, listed, **quiet
+            self._list, known, listed, **quiet
         )
 
     # What happens
@@ -199,23 +199,23 @@ class Page:
     def _cancel(self, id_: str, request: gr.Request) -> None:
         self.service.cancel(id_, _client(request).scope)
 
-    def _list(self, count: int, request: gr.Request) -> Update:
-        """The gallery, of the newest `count` jobs."""
+    def _list(self, count: int, before: list[dict[str, Any]], request: gr.Request) -> Update:
+        """The gallery, of the newest `count` jobs; left alone where it shows them already, and what is picked in it."""
         jobs = self.service.listed(_client(request).scope, limit=count)
         origin = f"{request.url.scheme}://{request.url.netloc}"
         pairs = [(job, image) for job in jobs for image in job.images]
-        return {
+        pictures = [
+            self.controls.alone(job.settings, image.seed, f"{image.width}x{image.height}") | {"id": image.id}
+            for job, image in pairs
+        ]
+        older = {self.older: gr.update(visible=len(jobs) == count)}
+        if pictures == before:
+            return older
+        shown = [(origin + image.url, str(job.settings["prompt"])) for job, image in pairs]
+        return older | {
             self.earlier: gr.update(visible=bool(pairs)),
-            self.gallery: gr.update(
-                value=[(origin + image.url, str(job.settings["prompt"])) for job, image in pairs], selected_index=None
-            ),
-            self.pictures: [
-                self.controls.alone(job.settings, image.seed, f"{image.width}x{image.height}") for job, image in pairs
-            ],
-            self.older: gr.update(visible=len(jobs) == count),
-            self.jobs_shown: count,
-            self.details: gr.update(visible=False),
-            self.picked: None,
+            self.gallery: gr.update(value=shown, selected_index=None),
+            self.pictures: pictures,
         }
 
     def _pick(self, pictures: list[dict[str, Any]], which: gr.SelectData) -> Update:

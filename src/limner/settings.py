@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from limner.config import Argument, AssembleConfig, StageConfig, TrainClipConfig, TrainUnetConfig, TrainVaeConfig
+from limner.config import (
+    Argument,
+    AssembleConfig,
+    CommandConfig,
+    StageConfig,
+    TrainClipConfig,
+    TrainUnetConfig,
+    TrainVaeConfig,
+)
 from limner.errors import ConfigError
 
 MISSION = ("A golden retriever playing in a field.", "A toddler playing in a sandbox.")
@@ -60,7 +68,7 @@ PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
 }
 """Named settings of a stage; the comment beside one says what it reached."""
 
-C = TypeVar("C", bound=StageConfig)
+C = TypeVar("C", bound=CommandConfig)
 
 
 def resolve(
@@ -77,7 +85,7 @@ def resolve(
     """
     values: dict[str, Any] = {}
     if preset is not None:
-        presets = PRESETS.get(cls, {})
+        presets = PRESETS.get(cls, {}) if issubclass(cls, StageConfig) else {}
         if preset not in presets:
             known = ", ".join(sorted(presets)) or "none for this command"
             raise ConfigError(f"There is no preset {preset!r}; known: {known}.")
@@ -116,7 +124,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def _sentence(cls: type[StageConfig], error: ValidationError) -> str:
+def _sentence(cls: type[CommandConfig], error: ValidationError) -> str:
     """Say the first of pydantic's complaints in one sentence."""
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])

@@ -100,6 +100,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[StageConfig]:
         "generate",
         "serve",
         "token",
+        "replay",
     ):
         stage: ModuleType | SimpleNamespace = SimpleNamespace(run=configs.append, plan=plan)
         monkeypatch.setitem(sys.modules, f"limner.stages.{name}", stage)

@@ -164,6 +164,8 @@ for _group, _name, _config, _stage in (
     (models, "export", configs.ExportConfig, "export"),
     (app, "doctor", configs.DoctorConfig, "doctor"),
     (app, "bench", configs.BenchConfig, "bench"),
+    (app, "serve", configs.ServeConfig, "serve"),
+    (app, "token", configs.TokenConfig, "token"),
 ):
     _group.command(_name)(_command(_config, _stage))
 

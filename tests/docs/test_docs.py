@@ -90,7 +90,18 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[StageConfig]:
         configs.append(config)
         return {"planned": "yes"}
 
-    for name in ("prepare", "train_clip", "train_vae", "encode", "train_unet", "assemble", "generate", "replay"):
+    for name in (
+        "prepare",
+        "train_clip",
+        "train_vae",
+        "encode",
+        "train_unet",
+        "assemble",
+        "generate",
+        "serve",
+        "token",
+        "replay",
+    ):
         stage: ModuleType | SimpleNamespace = SimpleNamespace(run=configs.append, plan=plan)
         monkeypatch.setitem(sys.modules, f"limner.stages.{name}", stage)
     return configs

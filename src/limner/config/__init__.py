@@ -12,6 +12,7 @@ from limner.config.machine import (
     PullModelConfig,
     ShowModelConfig,
 )
+from limner.config.serving import ServeConfig, TokenConfig
 from limner.config.stages import (
     AssembleConfig,
     EncodeConfig,
@@ -48,8 +49,10 @@ __all__ = [
     "PrepareConfig",
     "PullModelConfig",
     "ReplayConfig",
+    "ServeConfig",
     "ShowModelConfig",
     "StageConfig",
+    "TokenConfig",
     "TrainClipConfig",
     "TrainConfig",
     "TrainDistillConfig",

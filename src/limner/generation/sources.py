@@ -36,14 +36,14 @@ def read_mask(file: Path) -> Source:
     return mask_of(_bytes(file), str(file))
 
 
-def picture_of(data: bytes, ref: str) -> Source:
+def picture_of(data: bytes, ref: str, most_pixels: int = MOST_PIXELS) -> Source:
     """As `read_picture`, of the bytes of a file that is called `ref`. Raises DataError."""
-    return Source(ref, sha256(data).hexdigest(), _decoded(data, ref, keep_alpha=False))
+    return Source(ref, sha256(data).hexdigest(), _decoded(data, ref, most_pixels, keep_alpha=False))
 
 
-def mask_of(data: bytes, ref: str) -> Source:
+def mask_of(data: bytes, ref: str, most_pixels: int = MOST_PIXELS) -> Source:
     """As `read_mask`, of the bytes of a file that is called `ref`. Raises DataError."""
-    image = _decoded(data, ref, keep_alpha=True)
+    image = _decoded(data, ref, most_pixels, keep_alpha=True)
     if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
         raise DataError(f"The mask {ref} is see-through; save it without an alpha channel, white where to redraw.")
     return Source(ref, sha256(data).hexdigest(), image.convert("L"))
@@ -61,17 +61,17 @@ def _bytes(file: Path) -> bytes:
     return data
 
 
-def _decoded(data: bytes, ref: str, *, keep_alpha: bool) -> Image:
+def _decoded(data: bytes, ref: str, most_pixels: int, *, keep_alpha: bool) -> Image:
     from limner.data.checks import FIRST_FRAME, Limits, decode
     from limner.data.findings import Rejected
 
     try:
-        image, kind, changes = decode(data, Limits(min_side=1, max_pixels=MOST_PIXELS, keep_alpha=keep_alpha))
+        image, kind, changes = decode(data, Limits(min_side=1, max_pixels=most_pixels, keep_alpha=keep_alpha))
     except Rejected as error:
         detail = f" ({error.detail})" if error.detail else ""
         raise DataError(
             f"{ref} can't be begun with: {error.reason}{detail}; save it as PNG, JPEG or WebP of at most "
-            f"{MOST_PIXELS // 10**6} million pixels."
+            f"{most_pixels / 10**6:g} million pixels."
         ) from None
     if FIRST_FRAME in changes and kind != "MPO":  # phones put small pictures behind the real one
         raise DataError(f"{ref} has several frames; save the one that you mean as PNG.")

@@ -368,7 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("data", "dataset", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=400_000)
+    parser.add_argument("--images", type=int, default=230_000)
     parser.add_argument("--set", action="append", default=[])
     given = parser.parse_args()
     defaults = {

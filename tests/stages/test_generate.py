@@ -62,10 +62,22 @@ def test_pictures_are_drawn_and_their_paths_printed(folder: Path, capfd: pytest.
 
 def test_every_flag_reaches_the_picture(folder: Path) -> None:
     flags = ["--steps", 2, "--guidance", 3, "--negative", "snow", "--size", "24x32", "--device", "cpu"]
+    flags += ["--scheduler", "euler_a", "--set", "guidance_rescale=0.7"]
     assert limner("generate", "A dog.", "--model", folder, *flags) == 0
     record = provenance.read(Path("pictures/a-dog-0.png"))
     expected = {"steps": 2, "guidance": 3.0, "negative": "snow", "width": 24, "height": 32}
+    expected |= {"scheduler": "euler_a", "guidance_rescale": 0.7}
     assert expected.items() <= record.items()
+
+
+def test_an_embedding_and_alternatives_reach_the_picture(folder: Path) -> None:
+    save_file({"emb_params": torch.randn(2, 32)}, "toy.safetensors")
+    flags = ["--embedding", "toy.safetensors:my-toy", "-n", 3]
+    assert limner("generate", "A (my-toy:1.2) on {red|blue|green}.", "--model", folder, *flags) == 0
+    records = [provenance.read(Path("pictures") / name) for name in pictures()]
+    assert [record["model"]["embeddings"][0]["token"] for record in records] == ["my-toy"] * 3
+    assert {record["template"] for record in records} == {"A (my-toy:1.2) on {red|blue|green}."}
+    assert all(record["prompt"].startswith("A (my-toy:1.2) on ") and "{" not in record["prompt"] for record in records)
 
 
 def test_drawing_again_adds_a_picture_and_changes_none(folder: Path) -> None:
@@ -80,6 +92,7 @@ def test_a_plan_loads_and_writes_nothing(folder: Path, capfd: pytest.CaptureFixt
     plan = dict(line.split(None, 1) for line in capfd.readouterr().out.splitlines())
     assert plan["pictures"] == "3 (3 a prompt), 16x16 pixels"
     assert (plan["seeds"], plan["steps"], plan["guidance"]) == ("5 to 7", "3", "4.0")
+    assert plan["scheduler"] == "DPM++ 2M"
     assert "unet 0.3 M" in plan["parameters"]
     assert pictures() == []
 
@@ -169,6 +182,12 @@ def refusal(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["A dog.", "--size", "large"], "not SIDE or WIDTHxHEIGHT"),
         (["A dog.", "--size", "100000"], "out of range"),
         (["A dog.", "--device", "abacus"], "no device"),
+        (["A dog.", "--scheduler", "eulr"], "There is no scheduler 'eulr'; the nearest is euler"),
+        (["A dog.", "--scheduler", "heun"], "heun can't draw with this model, which predicts a flow; those that fit"),
+        (["A dog.", "--set", "guidance_rescale=2"], "guidance_rescale"),
+        (["A (dog:1e9) (cat:999)."], "The weight of 'cat' is 999"),
+        (["{|}"], "says nothing with seed 0"),
+        (["A dog.", "--embedding", "none.safetensors"], "There is no embedding none.safetensors"),
         ([], "There is no prompt"),
         ([""], "A prompt is empty"),
         (["A dog.", " \n"], "A prompt is empty"),

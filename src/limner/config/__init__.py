@@ -3,9 +3,25 @@
 A new knob goes here, not into a flag. `settings.py` puts a configuration together.
 """
 
-from limner.config.base import Argument, Flag, StageConfig
+from limner.config.base import Argument, CommandConfig, Flag, StageConfig
+from limner.config.machine import (
+    BenchConfig,
+    DoctorConfig,
+    ExportConfig,
+    ListModelsConfig,
+    PullModelConfig,
+    ShowModelConfig,
+)
 from limner.config.serving import ServeConfig, TokenConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, Format, GenerateConfig, PrepareConfig, ReplayConfig
+from limner.config.stages import (
+    AssembleConfig,
+    EncodeConfig,
+    Format,
+    GenerateConfig,
+    Precision,
+    PrepareConfig,
+    ReplayConfig,
+)
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -18,13 +34,21 @@ from limner.config.training import (
 __all__ = [
     "Argument",
     "AssembleConfig",
+    "BenchConfig",
+    "CommandConfig",
+    "DoctorConfig",
     "EncodeConfig",
+    "ExportConfig",
     "Flag",
     "Format",
     "GenerateConfig",
+    "ListModelsConfig",
+    "Precision",
     "PrepareConfig",
+    "PullModelConfig",
     "ReplayConfig",
     "ServeConfig",
+    "ShowModelConfig",
     "StageConfig",
     "TokenConfig",
     "TrainClipConfig",

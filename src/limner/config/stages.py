@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from limner.config.base import FLAG, Argument, Flag, StageConfig
 
 Format = Literal["png", "jpeg", "webp"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class PrepareConfig(StageConfig):
@@ -170,6 +171,10 @@ class GenerateConfig(StageConfig):
     """Show the pictures in the terminal."""
     device: Annotated[str | None, FLAG] = None
     """`cpu` or `cuda`; the GPU when there is one."""
+    precision: Annotated[Precision, FLAG] = "auto"
+    """Arithmetic: fp32, bf16, or auto, which is bf16 where the processor or GPU is faster in it."""
+    low_memory: Annotated[bool, FLAG] = False
+    """Keep only that network in memory which is in use, in bf16, and decode pictures above 512 pixels in tiles."""
     batch_size: PositiveInt = 8
     """Pictures drawn at once; changes speed and memory, not the pictures."""
 

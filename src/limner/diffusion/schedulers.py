@@ -78,7 +78,8 @@ def x0_of(scheduler: Any, given: Tensor, predicted: Tensor, timestep: Tensor) ->
     if scheduler.config.get("prediction_type") == "sample":
         return predicted
     objective = objective_of(scheduler)
-    t = (timestep.reshape(1).to(given) + (0 if objective == "flow" else 1)) / TIMESTEPS  # (1,)
+    nearest = 0 if objective == "flow" else 0.5  # the middle of a step's share, so that rounding finds it again
+    t = (timestep.reshape(1).to(given) + nearest) / TIMESTEPS  # (1,)
     betas = None if objective == "flow" else scheduler.betas.to(given.device)
     return data_of(objective, predicted, given, objectives.level(objective, t, betas))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,25 @@ def plot_alpha(rows: Sequence[Mapping[str, Any]], chosen: float, path: Path) -> 
     figure.suptitle(
         f"From the base CLIP (alpha 0) to the tuned one (alpha 1); dashed: the choice, {chosen:g}", fontsize=10
     )
+    _save(figure, path)
+
+
+def plot_bench(rows: Sequence[Mapping[str, Any]], unit: str, path: Path) -> None:
+    """Write a PNG of score against seconds a picture: a line a precision and scheduler, beside each point its steps.
+
+    `rows` as `limner bench` measures them, `unit` what a score is. Raises OSError.
+    """
+    figure = _figure(4.2)
+    panel = figure.subplots()
+    lines = sorted({(row["precision"], row["scheduler"]) for row in rows})
+    for look, key in zip(itertools.cycle(LINES), lines):
+        own = sorted(
+            (row for row in rows if (row["precision"], row["scheduler"]) == key), key=lambda row: row["seconds"]
+        )
+        _line(panel, [row["seconds"] for row in own], [row["score"] for row in own], look, ", ".join(key))
+        for row in own:
+            panel.annotate(str(row["steps"]), (row["seconds"], row["score"]), xytext=(5, 4), textcoords="offset points")
+    _name(panel, "Quality against time; the numbers are steps", unit, "seconds a picture")
     _save(figure, path)
 
 

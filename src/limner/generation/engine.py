@@ -17,6 +17,7 @@ from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
 from limner.generation.canvas import Canvas, Sketch
 from limner.generation.jobs import Variation, steps_taken
+from limner.generation.language import MOST_WEIGHT
 from limner.generation.prompts import Piece
 from limner.models import vae as vaes
 
@@ -75,7 +76,10 @@ def _weigh(states: Tensor, weights: Sequence[float]) -> Tensor:
     factors = states.new_ones(len(states), 1, dtype=torch.float32)  # (77, 1)
     factors[1 : len(weights) + 1, 0] = torch.tensor(weights)
     weighed = states.float() * factors  # (77, D)
-    return (weighed * (states.float().mean() / weighed.mean())).to(states)
+    scale = float(states.double().mean() / weighed.double().mean())
+    if not 1 / MOST_WEIGHT <= scale <= MOST_WEIGHT:  # no weights make that, but means next to nothing do
+        scale = 1.0
+    return (weighed * scale).to(states)
 
 
 def generators(seeds: Sequence[int]) -> list[Generator]:
@@ -123,8 +127,8 @@ def denoise(
     takes the scale as an input, the negative states are not needed and each step is one pass; otherwise both passes
     share a batch, and `guidance_rescale` is the `rescale` of `guided`. Schedulers that add noise of their own draw it
     from `generators`, one an image, or from torch's global generator without them. With a `canvas` the noise is put on
-    what is there already. `scheduler` is left as it was. Raises ConfigError where the scheduler can't take that many
-    steps.
+    what is there already. The U-Net computes in the states' precision, the scheduler in the latents'. `scheduler` is
+    left as it was. Raises ConfigError where the scheduler can't take that many steps.
     """
     scheduler = copy.deepcopy(scheduler)
     try:
@@ -134,7 +138,7 @@ def denoise(
     embedding, folded = None, is_folded(unet)
     if folded:
         width = unet.config["time_cond_proj_dim"]
-        embedding = guidance_embedding(torch.tensor([guidance]), width).to(latents)  # (1, width)
+        embedding = guidance_embedding(torch.tensor([guidance]), width).to(states)  # (1, width)
     elif guidance > 1:
         assert negative_states is not None, "guidance needs negative states"
         states = torch.cat([negative_states, states])  # (2N, L, D)
@@ -148,16 +152,18 @@ def denoise(
         latents, timesteps = canvas.begin(scheduler, noise, steps)
         steps = steps_taken(steps, canvas.strength)
     for i, t in enumerate(timesteps):
-        given = scheduler.scale_model_input(latents, t)  # (N, C, h, w)
+        scaled = scheduler.scale_model_input(latents, t)  # (N, C, h, w)
+        given = scaled.to(states)
         if folded or guidance <= 1:
             predicted = unet(given, t, encoder_hidden_states=states, timestep_cond=embedding, return_dict=False)[0]
         else:
             predicted = guided(unet, given, t, states, guidance, guidance_rescale)
+        predicted = predicted.to(latents)
         latents = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
         if canvas is not None:
             latents = canvas.hold(scheduler, latents, noise, timesteps[i + 1 : i + 2])
         if on_x0 is not None:
-            on_x0(schedulers.x0_of(scheduler, given, predicted, t))
+            on_x0(schedulers.x0_of(scheduler, scaled, predicted, t))
         if on_step is not None:  # some schedulers have more timesteps than steps
             of = len(timesteps)
             on_step(steps * (i + 1) // of - steps * i // of)

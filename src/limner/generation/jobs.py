@@ -302,9 +302,13 @@ def _fitting(size: str | int, factor: int) -> tuple[int, int]:
     return sides
 
 
-def count_parameters(spec: Spec) -> dict[str, int]:
-    """Numbers in the weights of each part, read off the heads of their files. Raises ModelError."""
-    counts = {part: sum(map(_numbers_in, (spec.folder / part).glob("*.safetensors"))) for part in spec.parts}
+def count_parameters(spec: Spec, parts: Sequence[str] | None = None) -> dict[str, int]:
+    """Numbers in the weights of each part that draws, or of others, read off the heads of their files.
+
+    Raises ModelError.
+    """
+    named = spec.parts if parts is None else parts
+    counts = {part: sum(map(_numbers_in, (spec.folder / part).glob("*.safetensors"))) for part in named}
     return {part: count for part, count in counts.items() if count}
 
 

@@ -16,7 +16,7 @@ import torch
 
 from limner import artifacts
 from limner.errors import ConfigError
-from limner.generation import painters, provenance, ranking, sources
+from limner.generation import painters, provenance, ranking, setup, sources
 from limner.generation.engine import OnStep
 from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec
 from limner.generation.painters import OnPreview
@@ -27,7 +27,7 @@ from limner.models.lora import Lora
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from limner.config import Format
+    from limner.config import Format, Precision
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Model:
         device: str | None = None,
         loras: Sequence[Lora] = (),
         embeddings: Sequence[Inversion] = (),
+        precision: Precision = "auto",
+        low_memory: bool = False,
     ) -> None:
         """Load what `spec` describes, and add LoRAs and textual inversions to it.
 
@@ -77,27 +79,37 @@ class Model:
         """
         self.spec = spec
         self.device = choose_device(device)
+        self.setup = setup.choose(self.device, precision, low_memory)
         self.loras = loras
         self.embeddings = embeddings
-        self.painter = painters.new(spec, self.device)
-        if loras:
-            assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_loras` makes sure
-            lora.fuse(loras, {"unet": self.painter.unet, "text_encoder": self.painter.text_encoder})
-        if embeddings:
-            assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_embeddings` makes sure
-            inversion.add(embeddings, self.painter.tokenizer, self.painter.text_encoder)
+        self.painter = painters.new(spec, self.setup, self._alter)
 
     @classmethod
     def load(
-        cls, ref: str, device: str | None = None, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
+        cls,
+        ref: str,
+        device: str | None = None,
+        loras: Sequence[str] = (),
+        embeddings: Sequence[str] = (),
+        precision: Precision = "auto",
+        low_memory: bool = False,
     ) -> Self:
         """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one; add LoRAs, each FILE or
         FILE:WEIGHT, and textual inversions, each FILE or FILE:TOKEN.
 
-        Raises as `Model` does, and where one of those can't be read.
+        precision is "fp32", "bf16", or "auto", which is bf16 where the device computes faster in it. low_memory keeps
+        only that network in memory which is in use. Raises as `Model` does, and where one of those can't be read.
         """
         spec = read_spec(ref)
-        return cls(spec, device, read_loras(spec, loras), read_embeddings(spec, embeddings))
+        added = read_loras(spec, loras), read_embeddings(spec, embeddings)
+        return cls(spec, device, *added, precision, low_memory)
+
+    def _alter(self, name: str, network: Any, tokenizer: Any) -> None:
+        """Add to a network what is asked for beside the model itself."""
+        if self.loras and name in lora.ALTERED:
+            lora.fuse(self.loras, {name: network})
+        if name == "text_encoder":
+            inversion.add(self.embeddings, tokenizer, network)
 
     def __call__(
         self,
@@ -224,7 +236,13 @@ class Model:
     def device_facts(self) -> dict[str, Any]:
         """The device for a picture's record."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        return {"type": self.device.type, "name": name, "threads": torch.get_num_threads()}
+        return {
+            "type": self.device.type,
+            "name": name,
+            "threads": torch.get_num_threads(),
+            "precision": self.setup.precision,
+            "low_memory": self.setup.low_memory,
+        }
 
 
 def _configuration(scheduler: Any) -> dict[str, Any]:

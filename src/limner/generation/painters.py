@@ -20,15 +20,22 @@ from limner.generation import language
 from limner.generation import prompts as texts
 from limner.generation.canvas import Sketch
 from limner.generation.engine import OnStep, draw, encode_weighted, to_images
-from limner.generation.jobs import GUIDANCE, STEPS, Job, Spec
+from limner.generation.jobs import GUIDANCE, STABLE_DIFFUSION, STEPS, Job, Spec
 from limner.generation.preview import Preview
+from limner.generation.setup import OneAtATime, Setup
 from limner.models import hub, loading
+from limner.models import vae as vaes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 OnPreview = Callable[[Job, "Image"], None]
 """Called after each step with what a picture is going to look like, roughly."""
+
+PROMPTS_KEPT = 64  # whose token states are not computed again: half a megabyte each for Stable Diffusion
+
+Alter = Callable[[str, Any, Any], None]
+"""Called with the name of a network, the network, and the tokenizer, to add to them."""
 
 
 class Painter(Protocol):
@@ -49,19 +56,37 @@ class Painter(Protocol):
 class LatentDiffusion:
     """A CLIP text encoder, a U-Net and a VAE: Stable Diffusion 1 and 2, and what Limner trains."""
 
-    def __init__(self, spec: Spec, device: torch.device) -> None:
-        """Load from a model folder. Raises ModelError."""
-        ref = str(spec.folder)
-        encoder, self.tokenizer = loading.load_text_encoder(ref)
-        self.text_encoder = encoder.to(device)
-        self.unet = loading.load_unet(ref).to(device)
-        self.vae = loading.load_vae(ref).to(device)
-        self.scheduler = loading.load_scheduler(ref)
+    text_encoder: Any
+    unet: Any
+    vae: Any
+
+    def __init__(self, spec: Spec, setup: Setup, alter: Alter) -> None:
+        """Load from a model folder. Raises ModelError, and as `alter` does."""
+        self.ref, self.device, self.dtype, self.alter = str(spec.folder), setup.device, setup.dtype, alter
+        one_at_a_time = OneAtATime() if setup.low_memory else None
+        for name in STABLE_DIFFUSION:
+            network = self._read(name)
+            setattr(self, name, network)
+            if one_at_a_time is not None:
+                one_at_a_time.keep(network, functools.partial(self._read, name))
+        self.scheduler = loading.load_scheduler(self.ref)
         self.factor = spec.factor
-        self.device = device
+        self._kept = functools.lru_cache(PROMPTS_KEPT)(self._encode_anew)
+        if setup.low_memory:
+            vaes.decode_in_tiles(self.vae)
         if not hasattr(self.scheduler, "init_noise_sigma"):  # Diffusers' own pipeline fails on these too
             raise ModelError(f"The {type(self.scheduler).__name__} of {spec.ref} is not for a StableDiffusionPipeline.")
         samplers.as_in_stable_diffusion(self.scheduler)
+
+    def _read(self, name: str) -> Any:
+        """One of the networks, on the device, with what is added to it."""
+        if name == "text_encoder":
+            network, self.tokenizer = loading.load_text_encoder(self.ref, self.dtype)
+        else:
+            network = {"unet": loading.load_unet, "vae": loading.load_vae}[name](self.ref, self.dtype)
+        network = network.to(self.device)
+        self.alter(name, network, self.tokenizer)
+        return network
 
     def settle(self, job: Job) -> Job:
         """The job as it is: the model's files name all settings, and any prompt fits, cut into pieces."""
@@ -85,7 +110,7 @@ class LatentDiffusion:
                     images = self._draw(batch, on_step, on_preview)
                 yield from images
 
-    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None) -> list[Image]:
+    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None = None) -> list[Image]:
         """Pictures of jobs of one shape."""
         first = jobs[0]
         assert first.steps is not None
@@ -134,6 +159,9 @@ class LatentDiffusion:
         return pairs[:, 1], pairs[:, 0]
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
+        return self._kept(*prompts)
+
+    def _encode_anew(self, *prompts: str) -> Tensor:
         return encode_weighted(self.text_encoder, self.tokenizer, prompts)
 
     def _two_passes(self, job: Job) -> bool:
@@ -165,7 +193,7 @@ PIPELINE_OPTIONS = {
 class Pipeline:
     """Any other text-to-image pipeline of Diffusers, called as it is, one picture at a time."""
 
-    def __init__(self, spec: Spec, device: torch.device) -> None:
+    def __init__(self, spec: Spec, setup: Setup) -> None:
         """Load from a model folder. Raises ModelError."""
         index = loading.pipeline_index(spec.folder)
         left_out: dict[str, Any] = {name: None for name in hub.NOT_LOADED if name in index}
@@ -174,15 +202,22 @@ class Pipeline:
 
             self.pipeline = DiffusionPipeline.from_pretrained(
                 spec.folder,
-                dtype=torch.float32,
+                dtype=setup.dtype,
                 variant=loading.variant(file.name for part in spec.parts for file in (spec.folder / part).glob("*")),
                 use_safetensors=True,
                 local_files_only=True,
                 **left_out,
-            ).to(device)
+            )
+            if setup.low_memory and setup.device.type == "cuda":
+                self.pipeline.enable_model_cpu_offload(device=setup.device)
+            else:
+                self.pipeline.to(setup.device)
             self.scheduler = self.pipeline.scheduler
         self.pipeline.set_progress_bar_config(disable=True)
         self.name = spec.pipeline
+        # An enumeration, by which those pipelines say that it is the user's choice
+        parts = inspect.signature(type(self.pipeline).__init__).parameters
+        self.takes_any_scheduler = "KarrasDiffusionSchedulers" in str(parts.get("scheduler"))
         self.takes = inspect.signature(self.pipeline.__call__).parameters
         needed = [name for name, p in self.takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if "prompt" not in self.takes or set(needed) - {"prompt"}:
@@ -200,7 +235,10 @@ class Pipeline:
             raise ConfigError(
                 f"{self.name} reads prompts as they are; leave weights such as (word:1.3) and BREAK out for this model."
             )
-        scheduler_for(self, job)
+        if job.scheduler is not None:
+            if not self.takes_any_scheduler:
+                raise ConfigError(f"{self.name} draws with its own scheduler alone; leave out --scheduler.")
+            scheduler_for(self, job)
         if not self._reads_whole(job.prompt):
             raise ConfigError(f"The prompt {job.prompt[:40]!r}... is longer than {self.name} reads; shorten it.")
         steps = job.steps or self._default("num_inference_steps") or STEPS
@@ -268,6 +306,6 @@ def scheduler_for(painter: Painter, job: Job) -> Any:
     return painter.scheduler if job.scheduler is None else samplers.named(job.scheduler, painter.scheduler)
 
 
-def new(spec: Spec, device: torch.device) -> Painter:
-    """The painter for a model. Raises ModelError."""
-    return LatentDiffusion(spec, device) if spec.own_loop else Pipeline(spec, device)
+def new(spec: Spec, setup: Setup, alter: Alter) -> Painter:
+    """The painter for a model; `alter` adds to networks of ours as soon as they are read. Raises ModelError."""
+    return LatentDiffusion(spec, setup, alter) if spec.own_loop else Pipeline(spec, setup)

@@ -10,7 +10,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from limner.models import vae as vaes
 
-EXAMPLES, SIDE, COARSE = 8, 16, (8, 16)
+EXAMPLES, SIDE, COARSE = 8, 16, (1, 8, 16)
 
 
 class Preview:
@@ -18,7 +18,10 @@ class Preview:
 
     @torch.no_grad()
     def __init__(self, vae: Any) -> None:
-        """Fit to what the decoder makes of random latents, half of them blotches of two, by least squares."""
+        """Fit to what the decoder makes of random latents by least squares.
+
+        Each is a constant, blotches and grains in one, which kept colours best (docs/experiments.md, 2026-11-25).
+        """
         parameter = next(vae.parameters())
         generator = torch.Generator().manual_seed(0)
         channels = vae.config["latent_channels"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def check() -> None:
     """Raise ConfigError where pictures can't be shown, before time is spent on drawing them."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or not os.get_terminal_size(sys.stdout.fileno()).columns:
         raise ConfigError("There is no terminal to show pictures in; leave out --show.")
     if find_spec("textual_image") is None:
         raise ConfigError("To show pictures in a terminal: pip install 'limner[show]'.")

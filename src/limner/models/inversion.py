@@ -57,9 +57,7 @@ def find(text: str) -> Inversion:
         ) from None
     if len(names) != 1:
         what = f"{len(names)} tensors ({', '.join(sorted(names)[:3])})" if names else "nothing"
-        raise ModelError(
-            f"The embedding {file} holds {what} in place of one tensor; choose one for Stable Diffusion 1 or 2."
-        )
+        raise ModelError(f"The embedding {file} holds {what} in place of one; choose one for Stable Diffusion 1 or 2.")
     token = token.strip() or (file.stem if names[0] == IN_A1111 else names[0].strip())
     if not token or not token.isprintable():
         raise ConfigError(f"The embedding {file} has the token {token!r}; name another, as {file.name}:TOKEN.")

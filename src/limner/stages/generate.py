@@ -41,7 +41,7 @@ def run(config: GenerateConfig) -> None:
     from limner.generation.model import Model
     from limner.progress import progress
 
-    model = Model(spec, config.device, loras, embeddings)
+    model = Model(spec, config.device, loras, embeddings, config.precision, config.low_memory)
     jobs = model.settle([job for cell in cells for job in cell])
     if config.format == "jpeg":  # which has little room
         for job in jobs:

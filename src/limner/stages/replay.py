@@ -21,10 +21,14 @@ def run(config: ReplayConfig) -> int:
 
     image, kind, text = files.read(config.image)
     record = provenance.parsed(config.image, text)
-    spec, added, job = _read(config, record)
+    spec, (loras, embeddings), job = _read(config, record)
     from limner.generation.model import Model
 
-    picture = next(Model(spec, config.device, *added).draw([job]))
+    drawn_on = record["device"]
+    model = Model(
+        spec, config.device, loras, embeddings, drawn_on.get("precision", "fp32"), drawn_on.get("low_memory", False)
+    )
+    picture = next(model.draw([job]))
     again = picture.image if kind == "png" else files.reencoded(picture.image, kind, record["quality"])
     differences = provenance.differences(record, picture.record)
     one, other = (np.asarray(each.convert("RGB")).astype(int) for each in (image, again))
@@ -59,8 +63,11 @@ def plan(config: ReplayConfig) -> dict[str, Any]:
     }
 
 
-def _read(config: ReplayConfig, record: dict[str, Any]) -> tuple[Spec, tuple[Any, ...], Job]:
-    """The model, the LoRAs and textual inversions added to it, and the job of a record. Raises DataError where it is not one that Limner wrote."""
+def _read(config: ReplayConfig, record: dict[str, Any]) -> tuple[Spec, tuple[Any, Any], Job]:
+    """The model, the LoRAs and textual inversions added to it, and the job of a record.
+
+    Raises DataError where it is not one that Limner wrote.
+    """
     try:
         model = record["model"]
         loras = [f"{lora['ref']}:{lora['weight']!r}" for lora in model["loras"]]

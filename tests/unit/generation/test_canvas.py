@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
-from limner.generation.engine import draw, encode_prompts, generators, initial_noise, turned
+from limner.generation.engine import denoise, draw, encode_prompts, generators, initial_noise, turned
 from limner.generation.jobs import make_jobs
 from limner.generation.model import Model
 from limner.generation.sources import Source, picture_of, read_mask, read_picture
@@ -42,7 +42,7 @@ def ours(root: Path, name: str, **settings: Any) -> np.ndarray:
     """What Limner's loop draws, (H, W, 3) in [0, 1], before it becomes bytes."""
     from limner.generation.canvas import Sketch
 
-    painter = Model.load(str(root / name), "cpu").painter
+    painter = Model.load(str(root / name), "cpu", precision="fp32").painter
     sketch = Sketch.of(read_picture(root / "photo.png"), settings.get("mask"), settings["strength"], (SIDE, SIDE))
     if settings.get("composite") is False:
         sketch = replace_composite(sketch)
@@ -179,12 +179,13 @@ def test_turning_noise_keeps_its_length_and_its_ends() -> None:
         assert turned(one, other, share).std() == pytest.approx(1, abs=0.02)
     assert torch.allclose(turned(one, other, 0), one, atol=1e-6)
     assert torch.allclose(turned(one, other, 1), other, atol=1e-6)
-    assert torch.equal(turned(one, one, 0.3), one)
+    assert torch.allclose(turned(one, one, 0.3), one, atol=1e-6)
+    assert turned(one, -one, 0.3).isfinite().all()
 
     def angle(a: torch.Tensor, b: torch.Tensor) -> float:
         return float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).acos())
 
-    assert angle(one, turned(one, other, 0.3)) == pytest.approx(0.3 * angle(one, other), abs=1e-4)
+    assert angle(one, turned(one, other, 0.3)) == pytest.approx(0.3 * angle(one, other), abs=0.01)
 
 
 def test_variations_lie_around_a_seed(root: Path) -> None:
@@ -222,29 +223,26 @@ def test_previews_are_linear_in_latents_and_like_the_decoder(root: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm-flow", "unipc", "euler", "pndm"])
-def test_previews_come_each_step_and_end_as_the_picture_does(root: Path, name: str) -> None:
-    """At the last step of a first-order solver without noise of its own the estimate is the result itself."""
-    model, shown = Model.load(str(root / name), "cpu"), list[Image.Image]()
-    jobs = make_jobs(model.spec, [PROMPT], steps=5, seed=2)
-    picture = next(model.draw(jobs, on_preview=lambda job, image: shown.append(image)))
-    assert len(shown) == 5 + (name == "pndm")
-    assert {image.size for image in shown} == {picture.image.size}
-    assert picture.image.tobytes() == next(model.draw(jobs)).image.tobytes()
-    if name in ("euler", "dpm-flow"):
-        latents = model.painter.preview(final_latents(model))
-        last = np.asarray(shown[-1].resize((8, 8)), float) / 127.5 - 1
-        assert np.abs(last - latents[0].clamp(-1, 1).permute(1, 2, 0).numpy()).mean() < 0.05
+def test_previews_come_each_step_and_change_nothing(root: Path, name: str) -> None:
+    model, shown = Model.load(str(root / name), "cpu"), list[tuple[str, Image.Image]]()
+    jobs = make_jobs(model.spec, [PROMPT, "A cat."], steps=5, seed=2)
+    pictures = list(model.draw(jobs, on_preview=lambda job, image: shown.append((job.prompt, image))))
+    each = 5 + (name == "pndm")  # which takes a timestep more than steps
+    assert [prompt for prompt, _ in shown] == [PROMPT] * each + ["A cat."] * each
+    assert {image.size for _, image in shown} == {(SIDE, SIDE)}
+    assert [p.image.tobytes() for p in pictures] == [p.image.tobytes() for p in model.draw(jobs)]
 
 
-def final_latents(model: Model) -> torch.Tensor:
-    """What the drawing of the test above ends with (1, 4, 8, 8)."""
-    from limner.generation.engine import denoise
-
-    painter = model.painter
-    negative, states = encode_prompts(painter.text_encoder, painter.tokenizer, ["", PROMPT]).chunk(2)
+@pytest.mark.parametrize("name", ["ddim", "dpm-flow", "unipc", "unipc-flow", "euler", "dpm"])
+def test_the_last_estimate_is_the_result(root: Path, name: str) -> None:
+    """Where the last step ends at data, as a first-order step does there, what the U-Net sees is where it lands."""
+    painter, seen = Model.load(str(root / name), "cpu", precision="fp32").painter, list[torch.Tensor]()
+    states = encode_prompts(painter.text_encoder, painter.tokenizer, [PROMPT])
     noise = initial_noise([2], (4, 8, 8))
-    settings: dict[str, Any] = {"steps": 5, "guidance": 7.5, "negative_states": negative}
-    return denoise(painter.unet, painter.scheduler, noise, states, **settings)
+    latents = denoise(painter.unet, painter.scheduler, noise, states, steps=8, guidance=1, on_x0=seen.append)
+    apart = [float((x0 - latents).norm() / latents.norm()) for x0 in seen]
+    assert apart[-1] < 0.02
+    assert apart[0] > apart[-1]
 
 
 def test_a_source_is_known_by_its_bytes(root: Path) -> None:

@@ -13,6 +13,7 @@ from limner.errors import ConfigError
 from limner.generation.engine import (
     denoise,
     encode_prompts,
+    encode_weighted,
     generators,
     initial_noise,
     paint,
@@ -55,6 +56,61 @@ def test_a_short_prompt_beside_a_long_one_is_filled_up_with_empty_pieces(model: 
     both = encode_prompts(encoder, tokenizer, ["dog", "a " * 80])  # (2, 154, D)
     alone = torch.cat([encode_prompts(encoder, tokenizer, [text]) for text in ("dog", "")], dim=1)  # (1, 154, D)
     assert torch.allclose(both[:1], alone, atol=1e-5)
+
+
+@pytest.fixture
+def parts(model: Model) -> tuple[Any, Any]:
+    """A text encoder and its tokenizer. Its states have a mean, as those of a trained one do."""
+    encoder = tiny_text_encoder()
+    torch.nn.init.uniform_(encoder.get_submodule("final_layer_norm").bias)
+    return encoder, model.painter.tokenizer  # type: ignore[attr-defined]
+
+
+def weighed(encoder: Any, tokenizer: Any, words: list[tuple[str, float]]) -> torch.Tensor:
+    """Token states of one piece as A1111 describes its weights: multiply, then bring back the mean (1, 77, D)."""
+    plain = encode_prompts(encoder, tokenizer, [" ".join(word for word, _ in words)])
+    weights = [1.0]
+    for word, weight in words:
+        weights += [weight] * len(tokenizer(word, add_special_tokens=False)["input_ids"])
+    scaled = plain.clone()
+    for place, weight in enumerate(weights):
+        scaled[0, place] *= weight
+    return scaled * plain.mean() / scaled.mean()
+
+
+def test_weights_scale_the_states_of_their_tokens_and_keep_the_mean(parts: tuple[Any, Any]) -> None:
+    found = encode_weighted(*parts, ["a (brown:1.4) dog on ((the) [beach]) [now]"])
+    words = [("a", 1), ("brown", 1.4), ("dog on", 1), ("the", 1.21), ("beach", 1), ("now", 1 / 1.1)]
+    assert torch.allclose(found, weighed(*parts, words), atol=1e-5)
+
+
+def test_a_prompt_without_weights_is_the_plain_one_bit_for_bit(parts: tuple[Any, Any]) -> None:
+    for text in ("", "A dog: brown, {small} | C:\\dogs", "a " * 80 + "dog", "Ein Hünd 犬", *CAPTIONS):
+        assert torch.equal(encode_weighted(*parts, [text]), encode_prompts(*parts, [text]))
+    assert torch.equal(encode_weighted(*parts, ["a (dog:1) [(b)]"]), encode_prompts(*parts, ["a dog b"]))
+    assert torch.equal(encode_weighted(*parts, [r"a \(brown\) dog"]), encode_prompts(*parts, ["a (brown) dog"]))
+
+
+def test_captions_have_no_notation(parts: tuple[Any, Any]) -> None:
+    assert not torch.equal(encode_prompts(*parts, ["a (dog:1.3)"]), encode_prompts(*parts, ["a dog"]))
+
+
+def test_weights_reach_across_pieces_and_each_keeps_its_own_mean(parts: tuple[Any, Any]) -> None:
+    found = encode_weighted(*parts, ["a " * 74 + "(dog dog:1.5)"])  # (1, 154, D)
+    first = weighed(*parts, [("a " * 74, 1.0), ("dog", 1.5)])
+    assert torch.allclose(found, torch.cat([first, weighed(*parts, [("dog", 1.5)])], dim=1), atol=1e-5)
+
+
+def test_weights_leave_numbers_in_bounds_where_there_is_no_mean(model: Model) -> None:
+    parts = model.painter.text_encoder, model.painter.tokenizer  # untrained: the mean is nothing but rounding
+    for weight in (-100, -1, 0, 1.2, 100):
+        states = encode_weighted(*parts, [f"a (brown:{weight}) dog"])
+        assert states.abs().max() < 100 * 100 * 6
+
+
+def test_break_begins_a_new_piece(parts: tuple[Any, Any]) -> None:
+    both = [encode_prompts(*parts, [text]) for text in ("a field", "a dog")]
+    assert torch.allclose(encode_weighted(*parts, ["a field BREAK a dog"]), torch.cat(both, dim=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pndm", "ddim", "dpm-flow"])  # pndm takes a timestep more than steps

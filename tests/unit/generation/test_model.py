@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 import limner
+from limner.config import Precision
 from limner.errors import ConfigError, ModelError
 from limner.generation import provenance
 from limner.generation.jobs import make_jobs
@@ -30,9 +31,11 @@ def same(one: Image, other: Image) -> bool:
 
 
 @pytest.mark.parametrize("scheduler", ["dpm-flow", "euler-ancestral"])  # one draws noise of its own in each step
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_a_picture_does_not_depend_on_those_beside_it(tmp_path: Path, scheduler: str, guidance: float) -> None:
-    model = Model.load(str(tiny_model(tmp_path, scheduler)), "cpu")
+@pytest.mark.parametrize(("guidance", "precision"), [(1.0, "fp32"), (5.0, "fp32"), (5.0, "bf16")])
+def test_a_picture_does_not_depend_on_those_beside_it(
+    tmp_path: Path, scheduler: str, guidance: float, precision: Precision
+) -> None:
+    model = Model.load(str(tiny_model(tmp_path, scheduler)), "cpu", precision=precision)
     pixels: list[Tensor] = []  # before they are rounded to bytes
     model.painter.vae.decoder.register_forward_hook(lambda module, given, result: pixels.extend(result))
 
@@ -65,7 +68,7 @@ def test_seeds_and_prompts_tell_pictures_apart(model: Model) -> None:
 
 
 def test_a_model_loaded_again_draws_the_same(folder: Path, model: Model) -> None:
-    one, other = model("A dog.", seed=9), limner.load(str(folder), device="cpu")("A dog.", seed=9)
+    one, other = model("A dog.", seed=9), limner.load(str(folder), device="cpu", precision="fp32")("A dog.", seed=9)
     assert same(one.images[0], other.images[0])
     assert one.pictures[0].record == other.pictures[0].record
 
@@ -105,11 +108,36 @@ def test_the_record_names_every_weight_file_by_its_hash(model: Model, folder: Pa
         assert digest == limner.artifacts.sha256(folder / name)
 
 
+def test_the_record_says_with_which_scheduler_and_words(model: Model) -> None:
+    drawn = model("A {dog|cat}.", n=4, steps=2, scheduler="DPM++ 2M Karras", guidance_rescale=0.5)
+    for picture in drawn.pictures:
+        record = picture.record
+        assert (record["scheduler"], record["guidance_rescale"]) == ("dpmpp_2m_karras", 0.5)
+        assert record["prompt"] in {"A dog.", "A cat."}
+        assert record["template"] == "A {dog|cat}."
+        assert record["model"]["scheduler"]["_class_name"] == "DPMSolverMultistepScheduler"
+        assert record["model"]["scheduler"]["use_karras_sigmas"] is True
+        again = model(record["prompt"], steps=2, seed=record["seed"], scheduler="dpmpp_2m_karras", guidance_rescale=0.5)
+        assert same(again.images[0], picture.image)
+        assert again.pictures[0].record == {**record, "template": None}
+    plain = model("A dog.", steps=2).pictures[0].record
+    assert (plain["scheduler"], plain["model"]["scheduler"]["_class_name"]) == (None, "DDIMScheduler")
+    assert len({record["prompt"] for record in (picture.record for picture in drawn.pictures)}) == 2
+
+
 # ---- refusals
 
 
 def test_settings_are_refused_in_a_sentence(model: Model) -> None:
-    for settings in ({"size": 15}, {"steps": -1}, {"guidance": 0}, {"n": 0}, {"prompts": ""}, {"prompts": ["A.", " "]}):
+    for settings in (
+        {"size": 15},
+        {"steps": -1},
+        {"guidance": 0},
+        {"n": 0},
+        {"prompts": ""},
+        {"prompts": ["A.", " "]},
+        {"scheduler": "x"},
+    ):
         with pytest.raises(ConfigError):
             model(**{"prompts": "A dog.", **settings})
 
@@ -150,7 +178,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_pipeline_draws_through_diffusers(other: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from diffusers import LatentConsistencyModelPipeline
 
-    model = Model.load(str(other), "cpu")
+    model = Model.load(str(other), "cpu", precision="fp32")
     told: list[int] = []
     drawn = model(["A dog.", "A cat."], n=2, seed=3, on_step=told.append)
     assert capfd.readouterr().err == ""
@@ -164,14 +192,36 @@ def test_another_pipeline_draws_through_diffusers(other: Path, capfd: pytest.Cap
     assert len(record["model"]["weights"]) == 3
 
 
+def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
+    model = Model.load(str(folder), "cpu", precision="fp32")
+    plain = model("A (brown) dog.", steps=3, size=16).pictures[0]
+    drawn = model("A (brown) {dog|dog}.", steps=3, size=16, scheduler="euler").pictures[0]
+    assert not same(plain.image, drawn.image)
+    assert drawn.record["prompt"] == plain.record["prompt"] == "A (brown) dog."
+    assert drawn.record["model"]["scheduler"]["_class_name"] == "EulerDiscreteScheduler"
+    assert same(plain.image, model("A (brown) dog.", steps=3, size=16).images[0]), "the model's own scheduler again"
+    with pytest.raises(ConfigError, match="There is no scheduler 'x'"):
+        model("A dog.", scheduler="x")
+
+
 def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
-    model = Model.load(str(other), "cpu")
+    model = Model.load(str(other), "cpu", precision="fp32")
     with pytest.raises(ConfigError, match="no negative setting"):
         model("A dog.", negative="snow")
     with pytest.raises(ConfigError, match="longer than LatentConsistencyModelPipeline reads"):
         model("a " * 80)
     with pytest.raises(ConfigError, match="can't draw this"):
         model("A dog.", size=20)
+    with pytest.raises(ConfigError, match="no guidance_rescale setting"):
+        model("A dog.", guidance_rescale=0.5)
+    for prompt in ("A (dog:1.3).", "A dog BREAK a cat"):
+        with pytest.raises(ConfigError, match="reads prompts as they are; leave weights"):
+            model(prompt)
+    with pytest.raises(ConfigError, match="draws with its own scheduler alone"):
+        model("A dog.", scheduler="euler")
 
 
 def test_a_pipeline_that_draws_without_a_prompt_is_refused(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ class Server:
         self.process.join(60)
         return self.process.exitcode
 
-    def lines(self) -> list[dict[str, Any]]:
-        """What all servers of this data folder logged, without lines cut off by a kill."""
-        logs = sorted(self.data.parent.glob(f"{self.data.name}-*.log"))
+    def lines(self, *, own: bool = False) -> list[dict[str, Any]]:
+        """What it, or all servers of its data folder, logged, without lines cut off by a kill."""
+        logs = [self.log] if own else sorted(self.data.parent.glob(f"{self.data.name}-*.log"))
         texts = [text for log in logs for text in log.read_text().splitlines()]
         return [line for text in texts if isinstance(line := _parsed(text.encode()), dict)]
 

@@ -98,6 +98,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[StageConfig]:
         "train_unet",
         "assemble",
         "generate",
+        "replay",
         "serve",
         "token",
         "replay",

@@ -355,6 +355,7 @@ def test_bad_starts_are_one_sentence(folder: Path, tmp_path: Path, capfd: pytest
             ((folder, "--host", "no.such.host.invalid"), "Can't listen"),
             ((tmp_path / "missing",), "no model folder"),
             ((folder, folder), "Two models"),
+            ((folder, "--device", "abacus"), "no device"),
             ((folder, "--set", "database=mysql://x"), "postgresql://"),
             ((folder, "--set", "database=postgresql://nobody@127.0.0.1:1/x"), "can't be used"),
         ):

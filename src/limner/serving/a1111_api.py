@@ -147,13 +147,13 @@ class SdModel(BaseModel):
     config: str | None = None
 
 
-@routes.post("/txt2img", responses=documented(404, 409, 413, 429, 500))
+@routes.post("/txt2img", responses=documented(400, 404, 409, 413, 429, 500))
 async def txt2img(request: Txt2Img, service: Served, client: From) -> Drawn:
     """Draw, and answer when it is done."""
     return await _answer(request, request.to_job(), service, client)
 
 
-@routes.post("/img2img", responses=documented(404, 409, 413, 429, 500))
+@routes.post("/img2img", responses=documented(400, 404, 409, 413, 429, 500))
 async def img2img(request: Img2Img, service: Served, client: From) -> Drawn:
     """Draw on a picture, and answer when it is done."""
     mask = request.mask
@@ -228,7 +228,7 @@ def options(service: Served, client: From) -> Options:
     return Options(sd_model_checkpoint=service.model_name(service.chosen.get(client.owner)))
 
 
-@routes.post("/options", responses=documented(404, 413))
+@routes.post("/options", responses=documented(400, 404, 413))
 def set_options(given: Overrides, service: Served, client: From) -> None:
     """Choose the model of this client's requests that name none."""
     if given.sd_model_checkpoint is not None:

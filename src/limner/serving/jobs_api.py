@@ -34,7 +34,7 @@ def found(id: str, service: Served, client: From) -> JobView:
 Found = Annotated[JobView, Depends(found)]
 
 
-@routes.post("/jobs", status_code=202, responses=documented(404, 413, 429))
+@routes.post("/jobs", status_code=202, responses=documented(400, 404, 413, 429))
 def begin(request: JobRequest, service: Served, client: From) -> JobView:
     """Queue a job. It is on disk before this answers, and will be drawn whatever happens to the server."""
     return service.submit(request, client.owner)

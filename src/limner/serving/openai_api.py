@@ -136,7 +136,7 @@ async def drawn(service: Service, request: JobRequest, client: Client) -> tuple[
 
 @routes.post(
     "/images/generations",
-    responses=documented(404, 409, 413, 429, 500) | {200: {"headers": JOB}},
+    responses=documented(400, 404, 409, 413, 429, 500) | {200: {"headers": JOB}},
     response_model_exclude_none=True,
 )
 async def generate(

@@ -57,10 +57,10 @@ class Service:
         """Open the store and read what the models say of themselves. Raises UserError."""
         self.config = config
         self.specs = read_models(config.models)
+        self.shelf = Shelf(self.specs, config.device, config.memory)
         self.store = Store(config.out, config.database)
         self.metrics = Metrics()
         self.changes = Changes()
-        self.shelf = Shelf(self.specs, config.device, config.memory)
         self.uploads = Uploads(config.out / "uploads", config.max_upload_pixels)
         self.worker = Worker(config, self.store, self.shelf, self.uploads, self.changes, self.metrics)
         self.chosen: dict[str, str] = {}

@@ -35,9 +35,11 @@ class Shelf:
     """Loaded models. For one thread: the worker's."""
 
     def __init__(self, specs: dict[str, Spec], device: str | None, memory: float | None) -> None:
-        """`memory` is what the weights may take, in GiB."""
+        """`memory` is what the weights may take, in GiB. Raises ConfigError for a device that is not there."""
+        from limner.generation.model import choose_device
+
         self.specs = specs
-        self._device = device
+        self.device = choose_device(device)
         self._room = float("inf") if memory is None else memory * 2**30
         self._loaded: dict[str, Model] = {}  # the one used last is last
 
@@ -53,7 +55,7 @@ class Shelf:
             from limner.generation.model import Model
 
             self._make_room(self._bytes(name))
-            model = Model(self.specs[name], self._device)
+            model = Model(self.specs[name], str(self.device))
         self._loaded[name] = model
         return model
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from limner.config import ServeConfig
-from limner.errors import UserError
+from limner.errors import ModelError, UserError
 from limner.generation.jobs import Job, Spec, make_jobs
 from limner.serving.changes import Changes
 from limner.serving.metrics import Metrics
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("limner.serve")
 
+TROUBLED = 5.0  # seconds until the next try where disk or database fail
 POLL = 0.5  # seconds between looks into the queue, which another server may have filled
 PULSE = 1.0  # seconds between signs of life, and so the longest until a cancel by another server is heard
 PICTURES = "pictures"
@@ -42,6 +43,10 @@ PREVIEW = 256  # pixels of its longer side, at most
 
 class Halt(Exception):
     """Ends a drawing at its next step."""
+
+
+class CannotKeep(Exception):
+    """A picture is drawn, and there is no place for it."""
 
 
 @dataclass
@@ -96,6 +101,8 @@ class Worker:
         self.id = worker_id()
         self.ready = False
         """Whether the first model is loaded, so that drawing begins at once."""
+        # On a CPU pictures are drawn one at a time (decision 4), so that there a job alone is ready soonest
+        self._batch_size = 1 if shelf.device.type == "cpu" else config.batch_size
         self._config, self._store, self._shelf, self._uploads = config, store, shelf, uploads
         self._changes, self._metrics = changes, metrics
         self._held: dict[str, Held] = {}
@@ -150,16 +157,18 @@ class Worker:
             self._prepare()
             while not self._draining.is_set():
                 try:
-                    jobs = self._store.take(self.id, pictures=self._batch_size(), lease=self._config.lease)
-                except SQLAlchemyError:
-                    log.exception("the queue can't be read")
-                    time.sleep(PULSE)
-                    continue
-                if jobs:
-                    self._draw(jobs)
-                else:
-                    self._more.wait(POLL)
-                    self._more.clear()
+                    if jobs := self._store.take(self.id, pictures=self._batch_size, lease=self._config.lease):
+                        self._draw(jobs)
+                    else:
+                        self._more.wait(POLL)
+                        self._more.clear()
+                except SQLAlchemyError:  # what was drawn then is taken again when its lease has run out
+                    log.exception("the queue can't be used")
+                    self._draining.wait(TROUBLED)
+                except CannotKeep as error:  # as on a full disk, where no later job would fare better
+                    log.error("a picture can't be written", extra={"why": str(error)})
+                    self._store.give_back(self.id)
+                    self._draining.wait(TROUBLED)
         finally:
             self._ended.set()
 
@@ -171,12 +180,6 @@ class Worker:
         except UserError as error:  # which its jobs will say too
             log.warning("model not loaded: %s", error)
         self.ready = True
-
-    def _batch_size(self) -> int:
-        from limner.generation.model import choose_device
-
-        # On a CPU pictures are drawn one at a time (decision 4), so that there a job alone is ready soonest
-        return 1 if choose_device(self._config.device).type == "cpu" else self._config.batch_size
 
     def _pulse(self) -> None:
         """Renew the leases, and hear what others did to the jobs."""
@@ -204,8 +207,6 @@ class Worker:
         except Halt:
             given_back = self._store.give_back(self.id) if self._halting.is_set() else 0
             log.info("drawing stopped", extra={"given_back": given_back})
-        except SQLAlchemyError:
-            log.exception("the queue can't be written; the jobs will be drawn again")
         finally:
             with self._lock:
                 self._held = {}
@@ -223,14 +224,20 @@ class Worker:
         if not jobs:
             return
         try:
-            model = self._shelf.get(jobs[0].row.model)
+            name = jobs[0].row.model
+            if name not in self._shelf.specs:
+                raise ModelError(f"There is no model {name} on this server any more.")
+            model = self._shelf.get(name)
             todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held)]
-        except (UserError, KeyError) as error:
-            sentence = str(error) if isinstance(error, UserError) else "This server has this model no more."
+        except SQLAlchemyError:
+            raise
+        except Exception as error:
+            if not isinstance(error, UserError):
+                log.exception("the model can't be used", extra={"model": name})
             for held in jobs:
-                self._fail(held, sentence, fault=True)
+                self._fail(held, _sentence(error), fault=True)
             return
-        size = self._batch_size()
+        size = self._batch_size
         for start in range(0, len(todo), size):
             batch = [one for one in todo[start : start + size] if one[0].wanted]
             if batch:
@@ -274,9 +281,9 @@ class Worker:
         except Halt:
             if self._halting.is_set():
                 raise
-        except (SQLAlchemyError, UserError, OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, SQLAlchemyError):
-                raise
+        except (SQLAlchemyError, CannotKeep):
+            raise
+        except Exception as error:
             if len(batch) > 1:
                 for held, number, job in batch:
                     held.step = before[held.row.id]
@@ -290,7 +297,10 @@ class Worker:
         if not held.wanted:
             return
         job = held.row
-        path = picture.save(self._folder(job.id))
+        try:
+            path = picture.save(self._folder(job.id))
+        except OSError as error:
+            raise CannotKeep(str(error)) from error
         file = path.relative_to(self._config.out).as_posix()
         image = ImageRow(
             id=new_id(), job=job.id, number=number, file=file, width=picture.image.width, height=picture.image.height
@@ -331,6 +341,4 @@ def _sentence(error: Exception) -> str:
     """What a client is told."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError):
-        return f"The server can't write the picture ({error.strerror})."
     return "Limner failed while drawing this; the server's log says more."

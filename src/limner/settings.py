@@ -41,7 +41,7 @@ BUILTIN_CLIP = {
 }
 BUILTIN_VAE = {"images": 36_000, "batch_size": 16, "validate_every": 4_000, "checkpoint_every": 4_000}
 BUILTIN_UNET = {
-    "images": 184_000,
+    "images": 134_000,
     "batch_size": 64,
     "validate_every": 32_000,
     "checkpoint_every": 10_000,
@@ -49,10 +49,10 @@ BUILTIN_UNET = {
 }
 BUILTIN_TUNED = {
     "tune": "cross_attention_kv",
-    "images": 24_000,
+    "images": 12_000,
     "batch_size": 64,
-    "validate_every": 8_000,
-    "checkpoint_every": 8_000,
+    "validate_every": 4_000,
+    "checkpoint_every": 4_000,
     "sample_prompts": MISSION,
 }
 

@@ -126,7 +126,9 @@ def _inception() -> Network:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError):  # a torchvision that is for another torch raises the second
-        raise ModelError("The Inception needs torch-fidelity; install with: pip install 'limner[eval]'.") from None
+        raise ModelError(
+            "The Inception needs torch-fidelity, and the torchvision of your torch; install both, or name another one."
+        ) from None
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     if not file.is_file():
         raise ModelError(

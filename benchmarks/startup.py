@@ -1,4 +1,5 @@
-"""How long until something is seen: the help page, the import of torch, and the first picture of a cold process.
+"""How long until something is seen: the help page, the import of torch, and the first step and picture of a
+cold process.
 
     python benchmarks/startup.py --name my-machine
 
@@ -44,16 +45,23 @@ def generate() -> float:
     return taken
 
 
+def first_step() -> float:
+    """Wall time from an empty process to the end of the built-in model's first denoising step."""
+    script = f"import limner, os; limner.load()({PROMPT!r}, seed=7, on_step=lambda _: os._exit(0))"
+    return seconds([sys.executable, "-c", script])
+
+
 def measure(repeats: int) -> dict[str, float | None]:
     """Each figure in seconds: the median of `repeats`; None for what can't be measured here."""
     figures: dict[str, float | None] = {}
     for name, take in (
         ("help", lambda: seconds([*LIMNER, "--help"])),
         ("import_torch", lambda: seconds([sys.executable, "-c", "import torch"])),
+        ("first_step", first_step),
         ("first_picture", generate),
     ):
-        if name == "first_picture" and not BUILTIN.exists():
-            print("first picture   not measured: the built-in model is missing; make it with recipes/builtin")
+        if name in ("first_step", "first_picture") and not BUILTIN.exists():
+            print(f"{name.replace('_', ' '):<15} not measured: no built-in model; make it with recipes/builtin")
             figures[name] = None
             continue
         times = sorted(take() for _ in range(repeats))

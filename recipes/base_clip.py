@@ -272,7 +272,7 @@ class TrainBaseClip:
         }
 
     def _crop(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A random crop of a picture -> (3, S, S) uint8; left, top, width as shares of the side, and whether mirrored."""
+        """A random crop of a picture -> (3, S, S) uint8; left, top and width as shares, and whether mirrored."""
         config, picture = self.config, self.pictures[index]
         side = len(picture)
         width = side * float(rng.uniform(config.min_scale, 1.0)) ** 0.5
@@ -329,7 +329,9 @@ class TrainBaseClip:
         x = (left + width * across)[:, None].expand(-1, side, -1)
         y = (top + width * centres)[:, :, None].expand(-1, -1, side)
         grid = torch.stack([x, y], dim=3) * 2 - 1  # (N, side, side, 2)
-        sampled = grid_sample(maps.float().permute(0, 3, 1, 2), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        sampled = grid_sample(
+            maps.float().permute(0, 3, 1, 2), grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
         return sampled.flatten(2).permute(0, 2, 1)
 
     def validate(self, samples: Path) -> dict[str, float]:
@@ -366,7 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("data", "dataset", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=400_000)
+    parser.add_argument("--images", type=int, default=230_000)
     parser.add_argument("--set", action="append", default=[])
     given = parser.parse_args()
     defaults = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from limner.errors import LimnerError, UserError
 
 if TYPE_CHECKING:
+    from limner.config import Precision
     from limner.generation.model import Model
 
 __version__ = "0.1.0"
@@ -15,7 +16,13 @@ __all__ = ["LimnerError", "UserError", "__version__", "load"]
 
 
 def load(
-    model: str = "builtin", *, device: str | None = None, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
+    model: str = "builtin",
+    *,
+    device: str | None = None,
+    loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
+    precision: Precision = "auto",
+    low_memory: bool = False,
 ) -> Model:
     """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id, with LoRAs, each FILE or FILE:WEIGHT, and
     textual inversions, each FILE or FILE:TOKEN.
@@ -26,4 +33,4 @@ def load(
     """
     from limner.generation.model import Model
 
-    return Model.load(model, device, loras, embeddings)
+    return Model.load(model, device, loras, embeddings, precision, low_memory)

@@ -13,9 +13,10 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,6 +67,42 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_new(paths: Iterable[Path], write: Callable[[Path], None]) -> Path:
+    """Let `write` write a file, give it the first name of `paths` that no file has, and return that.
+
+    `paths` are of one folder, and enough of them. Whenever this is killed, under such a name lies a whole file or none,
+    and no file is ever replaced, whoever else writes there. Raises OSError as the writing does.
+    """
+    names = iter(paths)
+    path = next(names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")  # threads and processes may want the same name
+    try:
+        with _disk_errors(path):
+            write(partial)
+        _fsync(partial)
+        while not _take(path, partial):
+            path = next(names)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _take(path: Path, partial: Path) -> bool:
+    """Give `partial` the name `path` too, unless a file has it."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links, such as FAT: a kill may leave an empty file there
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        partial.replace(path)
+    return True
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -22,7 +22,7 @@ from typer import BadParameter
 
 from limner import config as configs
 from limner import settings
-from limner.config import Argument, Flag, StageConfig
+from limner.config import Argument, CommandConfig, Flag, StageConfig
 from limner.errors import UserError
 
 UsageError = BadParameter.__base__  # click's, wherever typer keeps it
@@ -37,6 +37,8 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train CLIP, the VAE, the U-Net or a LoRA for it.", no_args_is_help=True)
 app.add_typer(train, name="train")
+models = typer.Typer(help="What models there are, what is in them, fetching and converting them.", no_args_is_help=True)
+app.add_typer(models, name="models")
 
 OURS: dict[str, tuple[Any, Any, str]] = {
     "preset": (str | None, None, "Named settings to start from."),
@@ -44,7 +46,7 @@ OURS: dict[str, tuple[Any, Any, str]] = {
     "set": (list[str], [], "Any other setting, as key=value; may be repeated."),
     "dry_run": (bool, False, "Check everything, print the plan, and write nothing."),
 }
-"""Options that every command has beside its own: type, default, help."""
+"""Options that the command of every stage has beside its own: type, default, help."""
 
 INTERRUPTED = 130
 
@@ -64,21 +66,28 @@ EXPECTED_OS_ERRORS = {
 def _option_type(annotation: Any) -> Any:
     """The type that the command line parses for a field: any value may be left out, tuples repeat."""
     members = [a for a in get_args(annotation) if a is not NoneType] if _is_union(annotation) else [annotation]
-    kind = members[0]
-    while get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
+    kind = _bare(members[0])
     if get_origin(kind) is tuple:
-        return list[get_args(kind)[0]]  # type: ignore[misc]
+        repeated = _bare(get_args(kind)[0])
+        return list[repeated if repeated in (int, float, Path) else str]  # type: ignore[misc]
     return kind if get_origin(kind) is Literal or kind in (int, float, bool, Path) else str
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without its bounds."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return annotation
 
 
 def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) is UnionType or NoneType in get_args(annotation)
 
 
-def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
+def _command(cls: type[CommandConfig], stage: str) -> Callable[..., int]:
     """A typer command for a stage: its signature is read off the configuration."""
     parameters = []
+    extra = OURS if issubclass(cls, StageConfig) else {}
     for name, field in cls.model_fields.items():
         mark = next((m for m in field.metadata if isinstance(m, Argument | Flag)), None)
         if mark is None:
@@ -94,21 +103,24 @@ def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
             names = mark.names or (f"{flag}/--no-{flag[2:]}" if kind is bool else flag,)
             option = typer.Option(*names, help=help_text, show_default=False)
         parameters.append(_parameter(name, Annotated[kind | None, option], None))
-    for name, (kind, default, help_text) in OURS.items():
+    for name, (kind, default, help_text) in extra.items():
         flag = f"--{name.replace('_', '-')}"
         parameters.append(
             _parameter(name, Annotated[kind, typer.Option(flag, help=help_text, show_default=False)], default)
         )
 
-    def command(**given: Any) -> None:
-        ours = {name: given.pop(name) for name in OURS}
+    def command(**given: Any) -> int:
+        ours = {name: given.pop(name, default) for name, (_, default, _) in OURS.items()}
         flags = {name: value for name, value in given.items() if value is not None and value != []}
         config = settings.resolve(cls, flags, preset=ours["preset"], file=ours["config"], sets=ours["set"])
         module: ModuleType = importlib.import_module(f"limner.stages.{stage}")
         if ours["dry_run"]:
             _print_plan(module.plan(config))
         else:
-            module.run(config)
+            outcome = module.run(config)
+            if isinstance(outcome, int):  # an exit code of its own, as of replay
+                return outcome
+        return 0
 
     command.__doc__ = cls.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -119,6 +131,8 @@ def _command(cls: type[StageConfig], stage: str) -> Callable[..., None]:
 def _shown(default: Any) -> str:
     if isinstance(default, bool):
         return "yes" if default else "no"
+    if isinstance(default, tuple):
+        return ", ".join(map(_shown, default))
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
@@ -134,6 +148,7 @@ def _print_plan(plan: dict[str, Any]) -> None:
 
 for _group, _name, _config, _stage in (
     (app, "generate", configs.GenerateConfig, "generate"),
+    (app, "replay", configs.ReplayConfig, "replay"),
     (app, "prepare", configs.PrepareConfig, "prepare"),
     (train, "clip", configs.TrainClipConfig, "train_clip"),
     (train, "vae", configs.TrainVaeConfig, "train_vae"),
@@ -142,6 +157,15 @@ for _group, _name, _config, _stage in (
     (train, "lora", configs.TrainLoraConfig, "train_unet"),
     (train, "distill", configs.TrainDistillConfig, "train_distill"),
     (app, "assemble", configs.AssembleConfig, "assemble"),
+    (app, "evaluate", configs.EvaluateConfig, "evaluate"),
+    (models, "list", configs.ListModelsConfig, "list_models"),
+    (models, "show", configs.ShowModelConfig, "show_model"),
+    (models, "pull", configs.PullModelConfig, "pull_model"),
+    (models, "export", configs.ExportConfig, "export"),
+    (app, "doctor", configs.DoctorConfig, "doctor"),
+    (app, "bench", configs.BenchConfig, "bench"),
+    (app, "serve", configs.ServeConfig, "serve"),
+    (app, "token", configs.TokenConfig, "token"),
 ):
     _group.command(_name)(_command(_config, _stage))
 
@@ -152,7 +176,10 @@ def _fail(sentence: str, code: int) -> None:
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 2 the user's mistake in one sentence, 130 interrupted, 1 ours."""
+    """Run the command line.
+
+    Exit code 0 done, 2 the user's mistake in one sentence, 130 interrupted, 1 ours, or of replay that pictures differ.
+    """
     logging.captureWarnings(True)
     # torch's waiting threads sleep in place of spinning: half the time beside other programs (docs/experiments.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

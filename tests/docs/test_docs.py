@@ -90,7 +90,19 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[StageConfig]:
         configs.append(config)
         return {"planned": "yes"}
 
-    for name in ("prepare", "train_clip", "train_vae", "encode", "train_unet", "assemble", "generate"):
+    for name in (
+        "prepare",
+        "train_clip",
+        "train_vae",
+        "encode",
+        "train_unet",
+        "assemble",
+        "generate",
+        "replay",
+        "serve",
+        "token",
+        "replay",
+    ):
         stage: ModuleType | SimpleNamespace = SimpleNamespace(run=configs.append, plan=plan)
         monkeypatch.setitem(sys.modules, f"limner.stages.{name}", stage)
     return configs

@@ -42,8 +42,8 @@ numpy.save(out, numpy.stack(drawn))
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """The built-in model."""
-    return Model.load("builtin", "cpu")
+    """The built-in model in fp32, as Diffusers loads it."""
+    return Model.load("builtin", "cpu", precision="fp32")
 
 
 @pytest.fixture(scope="module")

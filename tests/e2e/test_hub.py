@@ -330,6 +330,27 @@ def test_without_the_hub_what_is_not_cached_is_refused(user: User) -> None:
     assert "the local cache holds owner/tiny" in sentence
 
 
+def test_a_model_is_pulled_listed_and_shown_from_the_cache(hub: Hub, tmp_path: Path) -> None:
+    user = User(tmp_path, hub.url)
+    missing = user.limner("models", "show", "owner/tiny")
+    assert missing.returncode == 2
+    assert "limner models pull owner/tiny" in missing.stderr
+    for _ in range(2):  # the second finds all there
+        pulled = user.limner("models", "pull", "owner/tiny", HF_TOKEN=TOKEN)
+        assert (pulled.returncode, pulled.stderr) == (0, "")
+        assert Path(pulled.stdout.strip()) == snapshot_of(user, "tiny")
+    assert "README.md" in cached_files(user, "tiny"), "which has the licence"
+    assert not any(name.endswith(".bin") for name in cached_files(user, "tiny"))
+    listed = user.limner("models", "list", tmp_path / "hf", "--json", HF_HUB_OFFLINE="1")
+    rows = {row["model"]: row for row in json.loads(listed.stdout)}
+    assert rows["owner/tiny"]["class"] == "StableDiffusionPipeline"
+    shown = user.limner("models", "show", "owner/tiny", "--json", HF_HUB_OFFLINE="1")
+    assert json.loads(shown.stdout)["size"] == "16x16"
+    refused = user.limner("models", "pull", "owner/pickled")
+    assert refused.returncode == 2
+    assert "only as a pickle" in refused.stderr
+
+
 # ---- a CLIP of its own
 
 TOKENIZERS = {"clip": {"tokenizer.json"}, "siglip": {"spiece.model"}}

@@ -21,8 +21,8 @@ from limner.config import TrainClipConfig
 from limner.data.dataset import Record, read_split
 from limner.data.pictures import load_pixels
 from limner.errors import DataError, ModelError
+from limner.evaluation.agreement import score_pictures
 from limner.evaluation.alignment import Judged, write_report
-from limner.evaluation.cmmd import score_pictures
 from limner.evaluation.drift import drift
 from limner.evaluation.features import captions_of, picture_features
 from limner.evaluation.mixing import ALPHAS, choose, mixed

@@ -55,7 +55,7 @@ def run(model: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def ours(model: Path, *loras: Path) -> Tensor:
     """What Limner draws, before it is rounded (1, 3, H, W)."""
-    painter = load(str(model), device="cpu", loras=[str(path) for path in loras]).painter
+    painter = load(str(model), device="cpu", precision="fp32", loras=[str(path) for path in loras]).painter
     names = ("unet", "scheduler", "vae", "text_encoder", "tokenizer")
     parts = [getattr(painter, name) for name in names]
     return paint(*parts, [PROMPT], seeds=[3], steps=STEPS, guidance=GUIDANCE)

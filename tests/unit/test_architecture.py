@@ -20,7 +20,7 @@ MOST_LINES = 400
 LAYERS = (
     {"cli", "limner"},  # limner: the package itself, whose names lead to everything
     {"stages"},
-    {"training", "generation", "evaluation", "data"},
+    {"training", "generation", "evaluation", "data", "serving"},
     {"models", "diffusion"},
     {"artifacts", "config", "settings", "errors", "progress"},
 )

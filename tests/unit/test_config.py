@@ -34,12 +34,16 @@ CONFIGS = concrete()
 NEEDED: dict[type[StageConfig], dict[str, Any]] = {
     GenerateConfig: {"prompts": ("A dog's day.",)},
     PrepareConfig: {"kind": "flickr8k", "source": "zips", "out": "d"},
+    configs.ReplayConfig: {"image": "a.png"},
     ClipConfig: {"data": "d", "out": "r"},
     VaeConfig: {"data": "d", "out": "r"},
     UnetConfig: {"data": "d", "out": "r", "sample_prompts": ["A dog.", "Ein Hund läuft."]},
     configs.TrainLoraConfig: {"data": "d", "model": "m", "out": "r"},
     configs.TrainDistillConfig: {"data": "d", "model": "m", "out": "r", "guidance": [1.0, 4.0]},
     EncodeConfig: {"data": "d", "vae": "v", "clip": "c", "out": "r"},
+    configs.EvaluateConfig: {"models": ("m",), "data": "d", "out": "e"},
+    configs.ExportConfig: {"to": "onnx", "out": "e"},
+    configs.BenchConfig: {},
     configs.AssembleConfig: {"clip": "c", "vae": "v", "unet": "u", "out": "m"},
 }
 """Values for what has no default, and some others."""

@@ -3,8 +3,26 @@
 A new knob goes here, not into a flag. `settings.py` puts a configuration together.
 """
 
-from limner.config.base import Argument, Flag, StageConfig
-from limner.config.stages import AssembleConfig, EncodeConfig, GenerateConfig, PrepareConfig
+from limner.config.base import Argument, CommandConfig, Flag, StageConfig
+from limner.config.machine import (
+    BenchConfig,
+    DoctorConfig,
+    ExportConfig,
+    ListModelsConfig,
+    PullModelConfig,
+    ShowModelConfig,
+)
+from limner.config.serving import ServeConfig, TokenConfig
+from limner.config.stages import (
+    AssembleConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    Format,
+    GenerateConfig,
+    Precision,
+    PrepareConfig,
+    ReplayConfig,
+)
 from limner.config.training import (
     TrainClipConfig,
     TrainConfig,
@@ -17,11 +35,24 @@ from limner.config.training import (
 __all__ = [
     "Argument",
     "AssembleConfig",
+    "BenchConfig",
+    "CommandConfig",
+    "DoctorConfig",
     "EncodeConfig",
+    "EvaluateConfig",
+    "ExportConfig",
     "Flag",
+    "Format",
     "GenerateConfig",
+    "ListModelsConfig",
+    "Precision",
     "PrepareConfig",
+    "PullModelConfig",
+    "ReplayConfig",
+    "ServeConfig",
+    "ShowModelConfig",
     "StageConfig",
+    "TokenConfig",
     "TrainClipConfig",
     "TrainConfig",
     "TrainDistillConfig",

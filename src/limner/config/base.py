@@ -24,8 +24,8 @@ class Flag:
 FLAG = Flag()
 
 
-class StageConfig(BaseModel):
-    """What all stages share."""
+class CommandConfig(BaseModel):
+    """What all commands share, also those that only answer a question."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -35,6 +35,10 @@ class StageConfig(BaseModel):
         allow_inf_nan=False,
         coerce_numbers_to_str=True,  # --set size=256
     )
+
+
+class StageConfig(CommandConfig):
+    """What all stages share."""
 
     changeable: ClassVar[frozenset[str]] = frozenset()
     """Settings that may differ when a run is resumed, since they do not change its result."""

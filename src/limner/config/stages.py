@@ -9,6 +9,9 @@ from pydantic import Field, PositiveInt, model_validator
 
 from limner.config.base import FLAG, Argument, Flag, StageConfig
 
+Format = Literal["png", "jpeg", "webp"]
+Precision = Literal["auto", "fp32", "bf16"]
+
 
 class PrepareConfig(StageConfig):
     """From a source archive or folder to a dataset folder."""
@@ -135,6 +138,21 @@ class GenerateConfig(StageConfig):
     """What the pictures should not show."""
     size: Annotated[str | None, FLAG] = None
     """Pixels as SIDE or WIDTHxHEIGHT; the model's own when left out."""
+    image: Annotated[Path | None, FLAG] = None
+    """Picture to begin with, of which `strength` makes something new."""
+    mask: Annotated[Path | None, FLAG] = None
+    """Picture that is white where `image` is redrawn and black where it stays."""
+    strength: Annotated[float | None, FLAG, Field(gt=0, le=1)] = None
+    """Share of the steps that are taken from `image`; 0.6 when left out, 1 with a mask."""
+    variation: Annotated[str | None, FLAG] = None
+    """SEED:STRENGTH: turn the noise of `seed` towards that seed's, 0 not at all, 1 all the way; with `n`, that seed
+    rises in place of the first."""
+    best_of: Annotated[PositiveInt | None, FLAG] = None
+    """Draw so many a prompt and keep the `n` that fit it best, as the model's own CLIP sees it."""
+    grid: Annotated[str | None, FLAG] = None
+    """Draw with each of several values of a setting or two, as "steps=4,8 guidance=1,3", and show all on a grid."""
+    sheet: Annotated[bool, FLAG] = False
+    """Put all pictures of the command on one more, a contact sheet."""
     model: Annotated[str, FLAG] = "builtin"
     """`builtin`, a Diffusers folder or a hub id."""
     loras: Annotated[tuple[str, ...], Flag(("--lora",))] = ()
@@ -143,7 +161,97 @@ class GenerateConfig(StageConfig):
     """Textual inversion to draw with, a safetensors file, as FILE or FILE:TOKEN; may be repeated."""
     out: Annotated[Path, FLAG] = Path("pictures")
     """Folder for the pictures."""
+    format: Annotated[Format, FLAG] = "png"
+    """Kind of file: png, jpeg or webp; each says how the picture was drawn."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """How faithful JPEG and WebP are to the pixels."""
+    preview: Annotated[Path | None, FLAG] = None
+    """PNG file that shows the picture while it is drawn, for a viewer that looks again when it changes."""
+    show: Annotated[bool, FLAG] = False
+    """Show the pictures in the terminal."""
     device: Annotated[str | None, FLAG] = None
     """`cpu` or `cuda`; the GPU when there is one."""
+    precision: Annotated[Precision, FLAG] = "auto"
+    """Arithmetic: fp32, bf16, or auto, which is bf16 where the processor or GPU is faster in it."""
+    low_memory: Annotated[bool, FLAG] = False
+    """Keep only that network in memory which is in use, in bf16, and decode pictures above 512 pixels in tiles."""
     batch_size: PositiveInt = 8
     """Pictures drawn at once; changes speed and memory, not the pictures."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.grid is not None and self.best_of is not None:
+            raise ValueError("a grid shows every picture and best_of keeps some; leave one out")
+        return self
+
+
+class ReplayConfig(StageConfig):
+    """Draw a picture again from what its file says, and tell whether the pixels are the same."""
+
+    image: Annotated[Path, Argument()]
+    """The picture, PNG, JPEG or WebP, drawn by Limner."""
+    model: Annotated[str | None, FLAG] = None
+    """Where the model is now; where it was then when left out."""
+    out: Annotated[Path, FLAG] = Path("replayed")
+    """Folder for the new picture where it differs."""
+    device: Annotated[str | None, FLAG] = None
+    """`cpu` or `cuda`; the GPU when there is one."""
+
+
+class EvaluateConfig(StageConfig):
+    """Score models by the pictures that they draw for captions, beside the photographs.
+
+    Writes metrics.json, report.html and the pictures.
+    """
+
+    models: Annotated[tuple[str, ...], Argument()] = ()
+    """The models: `builtin`, a Diffusers folder or a hub id; several are compared on the same captions and noise."""
+    images: Annotated[tuple[Path, ...], FLAG] = ()
+    """Folder of pictures that something else drew; may be repeated. A metadata.jsonl in it gives their captions, or
+    their names do, which are then those of the photographs."""
+    data: Annotated[Path, FLAG]
+    """The dataset folder."""
+    out: Annotated[Path, FLAG]
+    """The folder to write; pictures that lie there already are kept where they would be drawn the same."""
+    split: Annotated[Literal["val", "test"], FLAG] = "test"
+    """Whose captions are drawn: choose by val, report by test."""
+    n: Annotated[int | None, Flag(("-n", "--n")), Field(ge=4)] = None
+    """Pictures to draw, for the first captions of the split's first photographs; one a photograph when left out."""
+    judge: Annotated[str | None, FLAG] = None
+    """What scores the pictures: a folder of recipes/judge.py, or any CLIP that no model reads its prompts with."""
+    steps: Annotated[tuple[int, ...], FLAG] = ()
+    """Denoising steps; given several times, each model draws with each, and a plot compares them. The model's own when
+    left out."""
+    guidance: Annotated[tuple[float, ...], FLAG] = ()
+    """Guidance, likewise."""
+    seed: Annotated[int, FLAG, Field(ge=0, lt=2**62)] = 0
+    """Seed of the first picture; picture i has the seed `seed + i`."""
+    device: Annotated[str | None, FLAG] = None
+    """`cpu` or `cuda`; the GPU when there is one."""
+    x: tuple[float, ...] = ()
+    """What the models differ in, one number a model, such as their share alpha or the images they have seen: a plot
+    shows the figures against it."""
+    x_name: str = "x"
+    """What `x` counts."""
+    allow_conditioning_judge: bool = False
+    """Let a model be judged by the CLIP that it reads its prompts with; the report marks it, as it flatters."""
+    extractors: tuple[str, ...] = ()
+    """Further networks by whose features fidelity is measured: clip:REF, judge:FOLDER, transformers:REF, inception."""
+    copies: bool = True
+    """Look for the nearest training photographs, for which all of them must be seen once."""
+    attribute_seeds: int = Field(default=4, ge=0)
+    """Pictures of each prompt of the prompt-sensitivity test; 0 leaves it out."""
+    cache: Path | None = None
+    """Folder for what networks see in pictures, to be shared by evaluations; `features` within --out when left out."""
+    batch_size: PositiveInt = 16
+    """Pictures drawn or looked at at once; changes speed and memory, not the figures."""
+    threads: PositiveInt | None = None
+    """Threads of the arithmetic on CPU; torch's choice when left out."""
+
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> Self:
+        if not self.models and not self.images:
+            raise ValueError("There is nothing to score; name a model behind limner evaluate, or a folder as --images")
+        if self.x and len(self.x) != len(self.models):
+            raise ValueError(f"x has {len(self.x)} numbers for {len(self.models)} models; give one a model")
+        return self

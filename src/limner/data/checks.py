@@ -21,6 +21,7 @@ from limner.data.findings import NOT_A_PICTURE, Rejected
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # none that starts a program
 SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}  # kept as they are; first is the usual
 JPEG_QUALITY = 95
+FIRST_FRAME = "first frame of several"
 
 CLIP_LENGTH = 77  # tokens of CLIP's text encoder, start and end included
 
@@ -59,6 +60,19 @@ def examine(data: bytes, name: str, limits: Limits) -> Checked:
 
     Raises Rejected with the reason why it can't be used, whatever the bytes are.
     """
+    rgb, file_format, changes = decode(data, limits)
+    if limits.size is not None and min(rgb.size) > limits.size:
+        scale = limits.size / min(rgb.size)
+        rgb = _resized(rgb, (round(rgb.width * scale), round(rgb.height * scale)))
+        changes.append("shrunk")
+    return _checked(data, name, file_format, rgb, changes)
+
+
+def decode(data: bytes, limits: Limits) -> tuple[Image.Image, str, list[str]]:
+    """The picture as `examine` brings it, before it is shrunk, Pillow's name of its format, and what was done to it.
+
+    Nothing is decoded before the header was held against the limits. Raises Rejected.
+    """
     if not data:
         raise Rejected("empty file")
     with _our_pixel_limit(), warnings.catch_warnings():
@@ -74,7 +88,6 @@ def examine(data: bytes, name: str, limits: Limits) -> Checked:
             raise Rejected("too many pixels", f"{size}, says its header")
         if min(image.size) < limits.min_side:
             raise Rejected("too small", size)
-        file_format = image.format or ""
         try:
             image.load()
             rgb, changes = _upright_rgb(image, data, limits.keep_alpha)
@@ -82,11 +95,7 @@ def examine(data: bytes, name: str, limits: Limits) -> Checked:
             raise
         except Exception as error:
             raise Rejected("broken picture", str(error)) from None
-    if limits.size is not None and min(rgb.size) > limits.size:
-        scale = limits.size / min(rgb.size)
-        rgb = _resized(rgb, (round(rgb.width * scale), round(rgb.height * scale)))
-        changes.append("shrunk")
-    return _checked(data, name, file_format, rgb, changes)
+    return rgb, image.format or "", changes
 
 
 def _checked(data: bytes, name: str, file_format: str, rgb: Image.Image, changes: list[str]) -> Checked:
@@ -129,7 +138,7 @@ def _upright_rgb(image: Image.Image, data: bytes, keep_alpha: bool) -> tuple[Ima
     """The picture as people see it, in mode RGB or perhaps RGBA, and what was done to it."""
     changes: list[str] = []
     if getattr(image, "n_frames", 1) > 1:
-        changes.append("first frame of several")
+        changes.append(FIRST_FRAME)
     upright = image
     with suppress(Exception):  # damaged EXIF: the picture stays as it lies
         if image.getexif().get(0x0112, 1) in range(2, 9):  # Orientation

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from PIL import Image
-
 from limner.artifacts import write_text
+from limner.data import page
 from limner.data.checks import CLIP_LENGTH
 from limner.data.dataset import SPLITS
 from limner.data.decode import Outcome
 from limner.data.duplicates import NEAR, Pair
 from limner.data.findings import Finding
 
-THUMBNAIL = 200  # pixels of the longer side
 EXAMPLES, SHOWN_PAIRS, SHOWN_FINDINGS, TOP_WORDS, TOP_SIZES = 12, 24, 60, 40, 8
 LONGEST_BAR = 30  # words; the last bar holds all captions above
 STOP_WORDS = set(
@@ -51,20 +46,20 @@ def write_report(
     out: Path, facts: dict[str, Any], items: Sequence[Item], findings: Sequence[Finding], pairs: Sequence[Pair]
 ) -> None:
     """Write `out/report.html` from `dataset.json`'s facts, the pictures, the findings and the look-alikes."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("limner.data").joinpath("report.html").read_text(encoding="utf-8"))
     step = max(1, len(items) // EXAMPLES)
-    shown_pairs = [(pair, _thumbnail(out, pair.one), _thumbnail(out, pair.other)) for pair in pairs[:SHOWN_PAIRS]]
-    html = template.render(
+    shown_pairs = [
+        (pair, page.thumbnail(out / pair.one), page.thumbnail(out / pair.other)) for pair in pairs[:SHOWN_PAIRS]
+    ]
+    html = page.render(
+        "limner.data",
+        "report.html",
         facts=facts,
         splits=_split_rows(items),
         sizes=_sizes(items),
         changes=Counter(change for item in items for change in item.outcome.changes).most_common(),
         lengths=_lengths(items),
         words=_words(items),
-        examples=[(item, _thumbnail(out, item.outcome.file)) for item in items[::step][:EXAMPLES]],
+        examples=[(item, page.thumbnail(out / item.outcome.file)) for item in items[::step][:EXAMPLES]],
         pairs=shown_pairs,
         near=NEAR,
         quarantined=_by_reason(f for f in findings if not f.kept),
@@ -130,13 +125,3 @@ def _by_reason(findings: Iterable[Finding]) -> list[tuple[str, list[Finding]]]:
     for finding in findings:
         groups[finding.reason].append(finding)
     return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
-
-
-def _thumbnail(out: Path, file: str) -> str:
-    """A small copy of a picture as a data URL."""
-    with Image.open(out / file) as image:
-        small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = BytesIO()
-    small.save(buffer, "JPEG", quality=72)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from torch import Tensor
+
+from limner.diffusion import objectives
+from limner.diffusion.distillation import data_of
 from limner.diffusion.objectives import TIMESTEPS, Objective
 from limner.errors import ModelError
 
@@ -63,6 +67,21 @@ def objective_of(scheduler: Any) -> Objective:
             f"Limner can't train a U-Net with a {name} that predicts {prediction_type}; choose another model."
         )
     return objective
+
+
+def x0_of(scheduler: Any, given: Tensor, predicted: Tensor, timestep: Tensor) -> Tensor:
+    """The data that a U-Net sees in noised latents, whatever it predicts.
+
+    given (N, C, h, w) as `scale_model_input` makes it, predicted (N, C, h, w), timestep () -> (N, C, h, w). As all
+    schedulers give a U-Net what it was trained on, the noise level follows from the timestep alone.
+    """
+    if scheduler.config.get("prediction_type") == "sample":
+        return predicted
+    objective = objective_of(scheduler)
+    nearest = 0 if objective == "flow" else 0.5  # the middle of a step's share, so that rounding finds it again
+    t = (timestep.reshape(1).to(given) + nearest) / TIMESTEPS  # (1,)
+    betas = None if objective == "flow" else scheduler.betas.to(given.device)
+    return data_of(objective, predicted, given, objectives.level(objective, t, betas))
 
 
 def for_few_steps(scheduler: Any) -> Any:

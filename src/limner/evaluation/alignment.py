@@ -16,7 +16,7 @@ from limner.config import TrainClipConfig
 from limner.data.dataset import SPLITS, Record, Split, read_split
 from limner.errors import ModelError
 from limner.evaluation import plots
-from limner.evaluation.cmmd import score_pictures
+from limner.evaluation.agreement import score_pictures
 from limner.evaluation.drift import drift
 from limner.evaluation.features import caption_features, captions_of, picture_features
 from limner.evaluation.mixing import ALPHAS, choose, mixed

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from limner.artifacts import atomic_file
+from limner.evaluation.kinds import GLANCE, KINDS
 from limner.evaluation.retrieval import KS
+from limner.generation import sheets
 from limner.generation.engine import to_images
+from limner.generation.sheets import GREY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL.ImageFont import FreeTypeFont, ImageFont
 
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Told apart by the colour-blind: Okabe and Ito, Color Universal Design, 2008."""
 LINES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"))
 WAYS = {"text_to_image": "Caption finds picture", "image_to_text": "Picture finds caption"}
@@ -29,7 +31,6 @@ PANELS = {
     "clip_score": "CLIP score, more is better",
     "r_precision": "R-precision, more is better",
 }
-GAP, LEAST_TEXT, LEAST_WIDTH = 6, 13, 320  # of a grid, in pixels
 
 
 def plot_alpha(rows: Sequence[Mapping[str, Any]], chosen: float, path: Path) -> None:
@@ -69,6 +70,25 @@ def plot_alpha(rows: Sequence[Mapping[str, Any]], chosen: float, path: Path) -> 
     _save(figure, path)
 
 
+def plot_bench(rows: Sequence[Mapping[str, Any]], unit: str, path: Path) -> None:
+    """Write a PNG of score against seconds a picture: a line a precision and scheduler, beside each point its steps.
+
+    `rows` as `limner bench` measures them, `unit` what a score is. Raises OSError.
+    """
+    figure = _figure(4.2)
+    panel = figure.subplots()
+    lines = sorted({(row["precision"], row["scheduler"]) for row in rows})
+    for look, key in zip(itertools.cycle(LINES), lines):
+        own = sorted(
+            (row for row in rows if (row["precision"], row["scheduler"]) == key), key=lambda row: row["seconds"]
+        )
+        _line(panel, [row["seconds"] for row in own], [row["score"] for row in own], look, ", ".join(key))
+        for row in own:
+            panel.annotate(str(row["steps"]), (row["seconds"], row["score"]), xytext=(5, 4), textcoords="offset points")
+    _name(panel, "Quality against time; the numbers are steps", unit, "seconds a picture")
+    _save(figure, path)
+
+
 def plot_drift(drift: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Write a PNG of cosine and CKA between the token states of two text towers, by token position.
 
@@ -81,6 +101,30 @@ def plot_drift(drift: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             values = drift[layer][name]
             _line(panel, range(len(values)), values, look, title)
         _name(panel, f"Token states of the {label}", "likeness to the base", "token position")
+    _save(figure, path)
+
+
+def plot_sweep(name: str, rows: Sequence[tuple[float, Mapping[str, Any]]], path: Path) -> None:
+    """Write a PNG of figures against the one setting `name` that contenders differ in. Bands are 95 % intervals.
+
+    rows: the setting's value and the figures, each {"value", "low", "high"} by name, of each contender; what a row
+    lacks is not drawn for any. Raises OSError.
+    """
+    rows = sorted(rows, key=lambda row: row[0])
+    drawn = [figure for figure in GLANCE if all(figure in figures for _, figures in rows)]
+    across = min(3, len(drawn))
+    figure = _figure(2.9 * -(-len(drawn) // across))
+    axes = figure.subplots(-(-len(drawn) // across), across, squeeze=False)
+    xs = [x for x, _ in rows]
+    for panel, key in zip(axes.flat, drawn):
+        found, kind = [figures[key] for _, figures in rows], KINDS[key]
+        scale = 100 if kind.unit == "%" else 1
+        _line(panel, xs, [scale * one["value"] for one in found], LINES[0], None)
+        low, high = ([scale * one[end] for one in found] for end in ("low", "high"))
+        panel.fill_between(xs, low, high, color=BLUE, alpha=0.15, linewidth=0)
+        _name(panel, kind.title, f"{kind.unit or 'value'}, {kind.better} is better", name)
+    for panel in list(axes.flat)[len(drawn) :]:
+        panel.set_axis_off()
     _save(figure, path)
 
 
@@ -117,41 +161,8 @@ def _save(figure: Figure, path: Path) -> None:
 def grid(columns: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
     """Write a PNG of pictures side by side: a column a label, a row a caption, which stands above it.
 
-    columns: pixels (N, 3, H, W) in [-1, 1] by label, all of one size; captions: N. No pixel is scaled. Raises OSError.
+    columns: pixels (N, 3, H, W) in [-1, 1] by label; captions: N. No pixel is scaled. Raises OSError.
     """
-    from PIL import Image, ImageDraw
-
-    images = {label: to_images(pixels) for label, pixels in columns.items()}
-    (width, height), *others = {image.size for column in images.values() for image in column}
-    assert not others, "a grid is of pictures of one size"
-    size = max(LEAST_TEXT, width // 20)
-    font, line = _font(size), math.ceil(1.4 * size)
-    cell = GAP + max(width, *(math.ceil(font.getlength(label)) for label in images))
-    across = max(LEAST_WIDTH, GAP + cell * len(images))
-    texts = [textwrap.wrap(caption, int((across - 2 * GAP) / font.getlength("n"))) for caption in captions]
-    below = GAP + line + sum(line * len(text) + height + 2 * GAP for text in texts)
-    sheet = Image.new("RGB", (across, below), "white")
-    pen = ImageDraw.Draw(sheet)
-    for x, label in enumerate(images):
-        pen.text((GAP + cell * x, GAP), label, GREY, font)
-    top = GAP + line
-    for text, *row in zip(texts, *images.values(), strict=True):
-        for part in text:
-            pen.text((GAP, top), part, "black", font)
-            top += line
-        for x, image in enumerate(row):
-            sheet.paste(image, (GAP + cell * x, top))
-        top += height + 2 * GAP
+    sheet = sheets.grid({label: to_images(pixels) for label, pixels in columns.items()}, captions)
     with atomic_file(path) as partial:
         sheet.save(partial, format="PNG")
-
-
-def _font(size: int) -> FreeTypeFont | ImageFont:
-    """Matplotlib's DejaVu Sans, which knows most alphabets; where that is not installed, Pillow's own: ASCII."""
-    from PIL import ImageFont
-
-    try:
-        import matplotlib
-    except ImportError:
-        return ImageFont.load_default(size)
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

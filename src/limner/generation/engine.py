@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
+from limner.diffusion import schedulers
 from limner.diffusion.guidance import embedding as guidance_embedding
 from limner.diffusion.guidance import guided, is_folded
 from limner.errors import ConfigError, ModelError
 from limner.generation import prompts as texts
+from limner.generation.canvas import Canvas, Sketch
+from limner.generation.jobs import Variation, steps_taken
 from limner.generation.language import MOST_WEIGHT
 from limner.generation.prompts import Piece
 from limner.models import vae as vaes
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int], None]
 """Called with how many steps were done since the last call; an exception that it raises ends the work."""
+OnX0 = Callable[[Tensor], None]
+"""Called after each step with what the latents are estimated to become (N, C, h, w)."""
 
 
 @torch.no_grad()
@@ -88,6 +93,18 @@ def initial_noise(seeds: Sequence[int | Generator], shape: Sequence[int]) -> Ten
     return torch.stack([torch.randn(tuple(shape), generator=source) for source in sources])
 
 
+def turned(noise: Tensor, other: Tensor, share: float) -> Tensor:
+    """Noise turned towards other noise by a share of the angle between them, so that its length stays a noise's.
+
+    (C, h, w) each -> (C, h, w). Shoemake, "Animating Rotation with Quaternion Curves", 1985, section 3.3.
+    """
+    cosine = torch.nn.functional.cosine_similarity(noise.flatten(), other.flatten(), dim=0)
+    angle = cosine.clamp(-1, 1).acos()
+    if angle.sin() < 1e-4:  # one is the other, or its negative, and there is no angle or no way to turn
+        return torch.lerp(noise, other, share)
+    return (((1 - share) * angle).sin() * noise + (share * angle).sin() * other) / angle.sin()
+
+
 @torch.no_grad()
 def denoise(
     unet: Any,
@@ -100,15 +117,18 @@ def denoise(
     guidance_rescale: float = 0.0,
     negative_states: Tensor | None = None,
     generators: Sequence[Generator] | None = None,
+    canvas: Canvas | None = None,
     on_step: OnStep | None = None,
+    on_x0: OnX0 | None = None,
 ) -> Tensor:
     """Turn unit noise into latents, with classifier-free guidance (Ho and Salimans 2022, equation 6).
 
     latents (N, C, h, w), states and negative_states (N, L, D) -> (N, C, h, w). At guidance 1, and where the U-Net
     takes the scale as an input, the negative states are not needed and each step is one pass; otherwise both passes
     share a batch, and `guidance_rescale` is the `rescale` of `guided`. Schedulers that add noise of their own draw it
-    from `generators`, one an image, or from torch's global generator without them. `scheduler` is left as it was.
-    Raises ConfigError where the scheduler can't take that many steps.
+    from `generators`, one an image, or from torch's global generator without them. With a `canvas` the noise is put on
+    what is there already. The U-Net computes in the states' precision, the scheduler in the latents'. `scheduler` is
+    left as it was. Raises ConfigError where the scheduler can't take that many steps.
     """
     scheduler = copy.deepcopy(scheduler)
     try:
@@ -118,23 +138,34 @@ def denoise(
     embedding, folded = None, is_folded(unet)
     if folded:
         width = unet.config["time_cond_proj_dim"]
-        embedding = guidance_embedding(torch.tensor([guidance]), width).to(latents)  # (1, width)
+        embedding = guidance_embedding(torch.tensor([guidance]), width).to(states)  # (1, width)
     elif guidance > 1:
         assert negative_states is not None, "guidance needs negative states"
         states = torch.cat([negative_states, states])  # (2N, L, D)
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if takes_generators and generators is not None else {}
 
-    latents = latents * scheduler.init_noise_sigma
-    for i, t in enumerate(scheduler.timesteps):
-        given = scheduler.scale_model_input(latents, t)  # (N, C, h, w)
+    noise, timesteps = latents, scheduler.timesteps
+    if canvas is None:
+        latents = noise * scheduler.init_noise_sigma
+    else:
+        latents, timesteps = canvas.begin(scheduler, noise, steps)
+        steps = steps_taken(steps, canvas.strength)
+    for i, t in enumerate(timesteps):
+        scaled = scheduler.scale_model_input(latents, t)  # (N, C, h, w)
+        given = scaled.to(states)
         if folded or guidance <= 1:
             predicted = unet(given, t, encoder_hidden_states=states, timestep_cond=embedding, return_dict=False)[0]
         else:
             predicted = guided(unet, given, t, states, guidance, guidance_rescale)
+        predicted = predicted.to(latents)
         latents = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
+        if canvas is not None:
+            latents = canvas.hold(scheduler, latents, noise, timesteps[i + 1 : i + 2])
+        if on_x0 is not None:
+            on_x0(schedulers.x0_of(scheduler, scaled, predicted, t))
         if on_step is not None:  # some schedulers have more timesteps than steps
-            of = len(scheduler.timesteps)
+            of = len(timesteps)
             on_step(steps * (i + 1) // of - steps * i // of)
     return latents
 
@@ -152,29 +183,41 @@ def draw(
     guidance: float,
     guidance_rescale: float = 0.0,
     negative_states: Tensor | None = None,
+    variations: Sequence[Variation | None] | None = None,
+    sketch: Sketch | None = None,
     on_step: OnStep | None = None,
+    on_x0: OnX0 | None = None,
 ) -> Tensor:
     """From noise of `shape` (C, h, w), one seed a picture, to pixels -> (N, 3, H, W), about [-1, 1].
 
-    states (N, L, D) and the other arguments as `denoise` takes them. Raises ConfigError as `denoise` does, and
-    ModelError where the numbers of the U-Net have no bound.
+    states (N, L, D) and the other arguments as `denoise` takes them. `variations` say for each picture towards which
+    other seed's noise its own is turned, and `sketch` is the picture that all begin with. Raises ConfigError as
+    `denoise` does, and ModelError where the numbers of the U-Net have no bound.
     """
     sources = generators(seeds)
+    canvas = None if sketch is None else sketch.encode(vae, sources)
+    noise = initial_noise(sources, shape)  # (N, C, h, w)
+    for own, variation in zip(noise, variations or []):
+        if variation is not None:
+            own.copy_(turned(own, initial_noise([variation.seed], shape)[0], variation.strength))
     latents = denoise(
         unet,
         scheduler,
-        initial_noise(sources, shape).to(states.device),
+        noise.to(states.device),
         states,
         steps=steps,
         guidance=guidance,
         guidance_rescale=guidance_rescale,
         negative_states=negative_states,
         generators=sources,
+        canvas=canvas,
         on_step=on_step,
+        on_x0=on_x0,
     )  # (N, C, h, w)
     if not latents.isfinite().all():
         raise ModelError("The model's numbers grew beyond all bounds; take more steps or less guidance.")
-    return vaes.decode(vae, latents)
+    pixels = vaes.decode(vae, latents)
+    return pixels if sketch is None else sketch.composite(pixels)
 
 
 def paint(

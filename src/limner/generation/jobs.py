@@ -14,6 +14,7 @@ from limner.diffusion import samplers
 from limner.errors import ConfigError, ModelError
 from limner.generation import language
 from limner.generation import prompts as texts
+from limner.generation.sources import Source
 from limner.models import hub, inversion, loading
 from limner.models.inversion import Inversion
 from limner.models.lora import Lora, find
@@ -26,6 +27,7 @@ STABLE_DIFFUSION = {
 """The parts with weights that Limner's own loop draws with."""
 
 MOST_PIXELS_A_SIDE = 8192
+STRENGTH = 0.6  # of a picture to begin with, where none is asked for
 STEPS, GUIDANCE = 25, 7.5  # of a model whose manifest.json names none, and that our own loop draws
 
 
@@ -53,6 +55,14 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Variation:
+    """Another seed, towards whose noise a picture's own is turned, and by which share: 0 not at all, 1 all the way."""
+
+    seed: int
+    strength: float
+
+
+@dataclass(frozen=True)
 class Job:
     """One picture to draw; None leaves a setting to the pipeline."""
 
@@ -70,6 +80,23 @@ class Job:
     template: str | None = None
     """The prompt with its alternatives, where it had some."""
     negative_template: str | None = None
+    variation: Variation | None = None
+    image: Source | None = None
+    """The picture to begin with."""
+    mask: Source | None = None
+    """What of it is redrawn."""
+    strength: float | None = None
+    """Share of the steps that are taken from there; None without `image`."""
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps through the denoising loop that the picture takes, where that is known."""
+        return steps_taken(self.steps or 0, self.strength)
+
+
+def steps_taken(steps: int, strength: float | None) -> int:
+    """How many of the steps are taken from a picture at this strength, as Diffusers counts them; all without one."""
+    return steps if strength is None else min(int(steps * strength), steps)
 
 
 def read_spec(ref: str, folder: Path | None = None) -> Spec:
@@ -149,11 +176,17 @@ def make_jobs(
     size: str | int | None = None,
     scheduler: str | None = None,
     guidance_rescale: float = 0.0,
+    variation: str | None = None,
+    image: Source | None = None,
+    mask: Source | None = None,
+    strength: float | None = None,
 ) -> list[Job]:
     """The pictures to draw: `n` a prompt with the seeds `seed`, `seed + 1`, ...; what is None is the model's own.
 
-    `size` is SIDE or WIDTHxHEIGHT, `scheduler` a name of `samplers`; of a prompt's alternatives each picture has one
-    (`language.chosen`). Raises ConfigError where a setting is out of range, or size or scheduler don't fit.
+    `size` is SIDE or WIDTHxHEIGHT; without it pictures that begin with an `image` have its shape, and as many pixels
+    as the model's own. `scheduler` is a name of `samplers`; of a prompt's alternatives each picture has one
+    (`language.chosen`). With a `variation`, SEED:STRENGTH, it is that seed that rises, around one `seed`. Raises
+    ConfigError where a setting is out of range, size or scheduler don't fit, or the model can't begin with a picture.
     """
     if n < 1:
         raise ConfigError(f"n must be 1 or more, not {n}.")
@@ -162,14 +195,23 @@ def make_jobs(
     steps = spec.steps if steps is None else steps
     guidance = spec.guidance if guidance is None else guidance
     _check_numbers(steps, guidance)
-    width, height = (spec.size or (None, None)) if size is None else _fitting(size, spec.factor)
+    strength = _checked_strength(spec, steps, image, mask, strength)
+    own_size = (spec.size or (None, None)) if image is None else _shaped(spec, image)
+    width, height = own_size if size is None else _fitting(size, spec.factor)
     if not 0 <= guidance_rescale <= 1:
         raise ConfigError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale}.")
     if scheduler is not None:
         scheduler = samplers.checked(scheduler, spec.scheduler or {})
     settings = Job("", "", 0, steps, guidance, width, height, scheduler, guidance_rescale)
+    settings = replace(settings, image=image, mask=mask, strength=strength)
     negative = texts.checked_negative(negative)
-    return [_worded(settings, texts.checked(prompt), negative, seed + i) for prompt in prompts for i in range(n)]
+    first = _variation(spec, variation)
+    own = [(seed + i, None) if first is None else (seed, replace(first, seed=first.seed + i)) for i in range(n)]
+    return [
+        _worded(replace(settings, variation=varied), texts.checked(prompt), negative, number)
+        for prompt in prompts
+        for number, varied in own
+    ]
 
 
 def _worded(settings: Job, template: str, negative_template: str, seed: int) -> Job:
@@ -196,6 +238,51 @@ def _check_numbers(steps: int | None, guidance: float | None) -> None:
         raise ConfigError(f"guidance must be 1 or more, not {guidance}; 1 is off.")
 
 
+def _checked_strength(
+    spec: Spec, steps: int | None, image: Source | None, mask: Source | None, strength: float | None
+) -> float | None:
+    """The strength, `STRENGTH` where none is asked for, or 1 with a mask; None without an image. Raises ConfigError."""
+    if image is None:
+        if mask is not None or strength is not None:
+            raise ConfigError(f"A {'mask' if mask else 'strength'} needs a picture to begin with; name one as image.")
+        return None
+    if not spec.own_loop:
+        raise ConfigError(f"{spec.ref} is a {spec.pipeline}; only Stable Diffusion 1 and 2 begin with a picture here.")
+    if strength is None:
+        strength = STRENGTH if mask is None else 1.0
+    if not 0 < strength <= 1:
+        raise ConfigError(f"strength must be above 0 and at most 1, not {strength:g}.")
+    assert steps is not None
+    if not steps_taken(steps, strength):
+        raise ConfigError(f"strength {strength:g} of {steps} steps is not one step; raise either.")
+    return strength
+
+
+def _shaped(spec: Spec, image: Source) -> tuple[int, int]:
+    """Width and height of the picture's shape, with about as many pixels as the model's own size."""
+    assert spec.size is not None
+    wide, high = image.image.size
+    scale = math.sqrt(spec.size[0] * spec.size[1] / (wide * high)) / spec.factor
+    most = MOST_PIXELS_A_SIDE // spec.factor
+    width, height = (min(max(round(side * scale), 1), most) * spec.factor for side in (wide, high))
+    return width, height
+
+
+def _variation(spec: Spec, text: str | None) -> Variation | None:
+    if text is None:
+        return None
+    if not spec.own_loop:
+        raise ConfigError(f"{spec.ref} is a {spec.pipeline}; only Stable Diffusion 1 and 2 draw variations here.")
+    seed, _, strength = text.partition(":")
+    try:
+        variation = Variation(int(seed), float(strength))
+    except ValueError:
+        variation = None
+    if variation is None or not (0 <= variation.seed < 2**63 and 0 <= variation.strength <= 1):
+        raise ConfigError(f"The variation {text!r} is not SEED:STRENGTH, such as 8:0.2, with a strength from 0 to 1.")
+    return variation
+
+
 def _fitting(size: str | int, factor: int) -> tuple[int, int]:
     """Width and height of a size that the model can draw."""
     found = re.fullmatch(r"(\d{1,9})(?:[x×](\d{1,9}))?", str(size).strip(), re.IGNORECASE | re.ASCII)
@@ -215,9 +302,13 @@ def _fitting(size: str | int, factor: int) -> tuple[int, int]:
     return sides
 
 
-def count_parameters(spec: Spec) -> dict[str, int]:
-    """Numbers in the weights of each part, read off the heads of their files. Raises ModelError."""
-    counts = {part: sum(map(_numbers_in, (spec.folder / part).glob("*.safetensors"))) for part in spec.parts}
+def count_parameters(spec: Spec, parts: Sequence[str] | None = None) -> dict[str, int]:
+    """Numbers in the weights of each part that draws, or of others, read off the heads of their files.
+
+    Raises ModelError.
+    """
+    named = spec.parts if parts is None else parts
+    counts = {part: sum(map(_numbers_in, (spec.folder / part).glob("*.safetensors"))) for part in named}
     return {part: count for part, count in counts.items() if count}
 
 

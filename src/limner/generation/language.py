@@ -97,6 +97,11 @@ def marked(prompt: str) -> bool:
     return numbered or BREAK.search(prompt) is not None
 
 
+def literal(text: str) -> str:
+    """A prompt that says the text as it is, whatever marks are in it, but for BREAK; brackets mean nothing."""
+    return re.sub(r"[\\()\[\]{}|]", r"\\\g<0>", text)
+
+
 def chosen(template: str, seed: int) -> str:
     """The prompt with one of each of its alternatives, which (template, seed) alone decides.
 

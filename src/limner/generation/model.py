@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,15 +16,18 @@ import torch
 
 from limner import artifacts
 from limner.errors import ConfigError
-from limner.generation import painters, provenance
+from limner.generation import painters, provenance, ranking, setup, sources
 from limner.generation.engine import OnStep
 from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec
+from limner.generation.painters import OnPreview
 from limner.models import inversion, lora
 from limner.models.inversion import Inversion
 from limner.models.lora import Lora
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from limner.config import Format, Precision
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,12 @@ class Picture:
     image: Image
     record: dict[str, Any]
 
-    def save(self, folder: Path | str) -> Path:
-        """Write a PNG named after prompt and seed; an earlier picture is never replaced. Raises OSError."""
-        return provenance.save(self.image, self.record, Path(folder))
+    def save(self, folder: Path | str, kind: Format = "png", quality: int = 95) -> Path:
+        """Write a file named after prompt and seed; an earlier picture is never replaced. Raises OSError.
+
+        `quality`, 1 to 100, is of JPEG and WebP. Raises ConfigError where a prompt is too long for a JPEG's record.
+        """
+        return provenance.save(self.image, self.record, Path(folder), kind, quality)
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,9 @@ class Pictures:
         """The pictures without their records."""
         return [picture.image for picture in self.pictures]
 
-    def save(self, folder: Path | str) -> list[Path]:
-        """Write all as PNG; see `Picture.save`."""
-        return [picture.save(folder) for picture in self.pictures]
+    def save(self, folder: Path | str, kind: Format = "png", quality: int = 95) -> list[Path]:
+        """Write all; see `Picture.save`."""
+        return [picture.save(folder, kind, quality) for picture in self.pictures]
 
 
 class Model:
@@ -63,6 +70,8 @@ class Model:
         device: str | None = None,
         loras: Sequence[Lora] = (),
         embeddings: Sequence[Inversion] = (),
+        precision: Precision = "auto",
+        low_memory: bool = False,
     ) -> None:
         """Load what `spec` describes, and add LoRAs and textual inversions to it.
 
@@ -70,27 +79,37 @@ class Model:
         """
         self.spec = spec
         self.device = choose_device(device)
+        self.setup = setup.choose(self.device, precision, low_memory)
         self.loras = loras
         self.embeddings = embeddings
-        self.painter = painters.new(spec, self.device)
-        if loras:
-            assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_loras` makes sure
-            lora.fuse(loras, {"unet": self.painter.unet, "text_encoder": self.painter.text_encoder})
-        if embeddings:
-            assert isinstance(self.painter, painters.LatentDiffusion)  # as `read_embeddings` makes sure
-            inversion.add(embeddings, self.painter.tokenizer, self.painter.text_encoder)
+        self.painter = painters.new(spec, self.setup, self._alter)
 
     @classmethod
     def load(
-        cls, ref: str, device: str | None = None, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
+        cls,
+        ref: str,
+        device: str | None = None,
+        loras: Sequence[str] = (),
+        embeddings: Sequence[str] = (),
+        precision: Precision = "auto",
+        low_memory: bool = False,
     ) -> Self:
         """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one; add LoRAs, each FILE or
         FILE:WEIGHT, and textual inversions, each FILE or FILE:TOKEN.
 
-        Raises as `Model` does, and where one of those can't be read.
+        precision is "fp32", "bf16", or "auto", which is bf16 where the device computes faster in it. low_memory keeps
+        only that network in memory which is in use. Raises as `Model` does, and where one of those can't be read.
         """
         spec = read_spec(ref)
-        return cls(spec, device, read_loras(spec, loras), read_embeddings(spec, embeddings))
+        added = read_loras(spec, loras), read_embeddings(spec, embeddings)
+        return cls(spec, device, *added, precision, low_memory)
+
+    def _alter(self, name: str, network: Any, tokenizer: Any) -> None:
+        """Add to a network what is asked for beside the model itself."""
+        if self.loras and name in lora.ALTERED:
+            lora.fuse(self.loras, {name: network})
+        if name == "text_encoder":
+            inversion.add(self.embeddings, tokenizer, network)
 
     def __call__(
         self,
@@ -104,8 +123,14 @@ class Model:
         size: str | int | None = None,
         scheduler: str | None = None,
         guidance_rescale: float = 0.0,
+        variation: str | None = None,
+        image: Path | str | None = None,
+        mask: Path | str | None = None,
+        strength: float | None = None,
+        best_of: int | None = None,
         batch_size: int = 8,
         on_step: OnStep | None = None,
+        on_preview: OnPreview | None = None,
     ) -> Pictures:
         """Draw `n` pictures a prompt, with the seeds `seed`, `seed + 1`, ...
 
@@ -113,12 +138,17 @@ class Model:
         "WIDTHxHEIGHT", in pixels) and scheduler (a name of `limner.diffusion.samplers`) are the model's own when left
         out; guidance 1 is off, and guidance_rescale, from 0 to 1, takes some of its contrast back. A prompt and a seed
         make one picture, whatever is drawn beside it: bit for bit on a CPU, and but for rounding on a GPU, whose sums
-        depend on the batch in their last bits. Raises ConfigError for a setting that doesn't fit.
+        depend on the batch in their last bits.
+
+        `image` is a file to begin with, of which the share `strength` of the steps makes something new, and `mask` a
+        file that is white where to redraw it. `variation`, SEED:STRENGTH, turns the noise towards another seed's; it
+        is then that seed that rises. `best_of` draws so many a prompt and gives the `n` that fit it best, the best
+        first. Raises ConfigError for a setting that doesn't fit, DataError for a file that is no picture.
         """
         jobs = make_jobs(
             self.spec,
             [prompts] if isinstance(prompts, str) else prompts,
-            n=n,
+            n=n if best_of is None else best_of,
             seed=seed,
             steps=steps,
             guidance=guidance,
@@ -126,20 +156,53 @@ class Model:
             size=size,
             scheduler=scheduler,
             guidance_rescale=guidance_rescale,
+            variation=variation,
+            image=None if image is None else sources.read_picture(Path(image)),
+            mask=None if mask is None else sources.read_mask(Path(mask)),
+            strength=strength,
         )
-        return Pictures(tuple(self.draw(jobs, batch_size=batch_size, on_step=on_step)))
+        pictures = self.draw(jobs, batch_size=batch_size, on_step=on_step, on_preview=on_preview)
+        return Pictures(tuple(pictures if best_of is None else self.best(pictures, n, best_of)))
 
     def settle(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs with the settings that were left to the model. Raises ConfigError where one can't be drawn."""
         return [self.painter.settle(job) for job in jobs]
 
-    def draw(self, jobs: Sequence[Job], *, batch_size: int = 8, on_step: OnStep | None = None) -> Iterator[Picture]:
+    def draw(
+        self,
+        jobs: Sequence[Job],
+        *,
+        batch_size: int = 8,
+        on_step: OnStep | None = None,
+        on_preview: OnPreview | None = None,
+    ) -> Iterator[Picture]:
         """Draw the jobs, in their order, each as soon as its batch is done. Raises ConfigError, ModelError."""
         jobs = self.settle(jobs)
-        for job, image in zip(jobs, self.painter.paint(jobs, batch_size, on_step)):
-            drawn = replace(job, width=image.width, height=image.height)
-            facts = {**self.facts, "scheduler": _configuration(painters.scheduler_for(self.painter, job))}
-            yield Picture(image, provenance.make_record(drawn, facts, self.device_facts))
+        for job, image in zip(jobs, self.painter.paint(jobs, batch_size, on_step, on_preview)):
+            yield Picture(image, self.record(replace(job, width=image.width, height=image.height)))
+
+    def record(self, job: Job) -> dict[str, Any]:
+        """What the picture of this job says of its origin."""
+        facts = {**self.facts, "scheduler": _configuration(painters.scheduler_for(self.painter, job))}
+        return provenance.make_record(job, facts, self.device_facts)
+
+    def best(self, pictures: Iterable[Picture], n: int, of: int) -> Iterator[Picture]:
+        """Of each `of` pictures that follow each other, of one prompt, the `n` that fit it best, the best first.
+
+        Their records have `score`, the cosine of prompt and picture in the model's own CLIP, and `best_of`. Raises
+        ConfigError as `ranking.check`.
+        """
+        ranking.check(self.spec, n, of)
+        pictures = iter(pictures)
+        while drawn := list(itertools.islice(pictures, of)):
+            scores = [self.ranker.score(picture.record["prompt"], picture.image) for picture in drawn]
+            for i in sorted(range(len(drawn)), key=lambda i: -scores[i])[:n]:  # of equal ones the first
+                yield replace(drawn[i], record={**drawn[i].record, "best_of": of, "score": scores[i]})
+
+    @functools.cached_property
+    def ranker(self) -> ranking.Ranker:
+        """The model's own CLIP. Raises ModelError."""
+        return ranking.Ranker(self.spec, self.device)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -173,7 +236,13 @@ class Model:
     def device_facts(self) -> dict[str, Any]:
         """The device for a picture's record."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        return {"type": self.device.type, "name": name, "threads": torch.get_num_threads()}
+        return {
+            "type": self.device.type,
+            "name": name,
+            "threads": torch.get_num_threads(),
+            "precision": self.setup.precision,
+            "low_memory": self.setup.low_memory,
+        }
 
 
 def _configuration(scheduler: Any) -> dict[str, Any]:

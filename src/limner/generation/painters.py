@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -17,12 +18,24 @@ from limner.diffusion.guidance import is_folded
 from limner.errors import ConfigError, ModelError
 from limner.generation import language
 from limner.generation import prompts as texts
+from limner.generation.canvas import Sketch
 from limner.generation.engine import OnStep, draw, encode_weighted, to_images
-from limner.generation.jobs import GUIDANCE, STEPS, Job, Spec
+from limner.generation.jobs import GUIDANCE, STABLE_DIFFUSION, STEPS, Job, Spec
+from limner.generation.preview import Preview
+from limner.generation.setup import OneAtATime, Setup
 from limner.models import hub, loading
+from limner.models import vae as vaes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+OnPreview = Callable[[Job, "Image"], None]
+"""Called after each step with what a picture is going to look like, roughly."""
+
+PROMPTS_KEPT = 64  # whose token states are not computed again: half a megabyte each for Stable Diffusion
+
+Alter = Callable[[str, Any, Any], None]
+"""Called with the name of a network, the network, and the tokenizer, to add to them."""
 
 
 class Painter(Protocol):
@@ -34,32 +47,54 @@ class Painter(Protocol):
     def settle(self, job: Job) -> Job:
         """The job with the settings that were left to the painter. Raises ConfigError where it can't be drawn."""
 
-    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
+    def paint(
+        self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None
+    ) -> Iterator[Image]:
         """Draw settled jobs, in their order, up to `batch_size` at once. Raises ConfigError, ModelError."""
 
 
 class LatentDiffusion:
     """A CLIP text encoder, a U-Net and a VAE: Stable Diffusion 1 and 2, and what Limner trains."""
 
-    def __init__(self, spec: Spec, device: torch.device) -> None:
-        """Load from a model folder. Raises ModelError."""
-        ref = str(spec.folder)
-        encoder, self.tokenizer = loading.load_text_encoder(ref)
-        self.text_encoder = encoder.to(device)
-        self.unet = loading.load_unet(ref).to(device)
-        self.vae = loading.load_vae(ref).to(device)
-        self.scheduler = loading.load_scheduler(ref)
+    text_encoder: Any
+    unet: Any
+    vae: Any
+
+    def __init__(self, spec: Spec, setup: Setup, alter: Alter) -> None:
+        """Load from a model folder. Raises ModelError, and as `alter` does."""
+        self.ref, self.device, self.dtype, self.alter = str(spec.folder), setup.device, setup.dtype, alter
+        one_at_a_time = OneAtATime() if setup.low_memory else None
+        for name in STABLE_DIFFUSION:
+            network = self._read(name)
+            setattr(self, name, network)
+            if one_at_a_time is not None:
+                one_at_a_time.keep(network, functools.partial(self._read, name))
+        self.scheduler = loading.load_scheduler(self.ref)
         self.factor = spec.factor
-        self.device = device
+        self._kept = functools.lru_cache(PROMPTS_KEPT)(self._encode_anew)
+        if setup.low_memory:
+            vaes.decode_in_tiles(self.vae)
         if not hasattr(self.scheduler, "init_noise_sigma"):  # Diffusers' own pipeline fails on these too
             raise ModelError(f"The {type(self.scheduler).__name__} of {spec.ref} is not for a StableDiffusionPipeline.")
         samplers.as_in_stable_diffusion(self.scheduler)
+
+    def _read(self, name: str) -> Any:
+        """One of the networks, on the device, with what is added to it."""
+        if name == "text_encoder":
+            network, self.tokenizer = loading.load_text_encoder(self.ref, self.dtype)
+        else:
+            network = {"unet": loading.load_unet, "vae": loading.load_vae}[name](self.ref, self.dtype)
+        network = network.to(self.device)
+        self.alter(name, network, self.tokenizer)
+        return network
 
     def settle(self, job: Job) -> Job:
         """The job as it is: the model's files name all settings, and any prompt fits, cut into pieces."""
         return job
 
-    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
+    def paint(
+        self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None
+    ) -> Iterator[Image]:
         """Jobs that differ in prompt, negative prompt and seed only share a batch; on the CPU each has its own.
 
         There oneDNN and MKL add up in another order for another batch size, from the first convolution on, and the
@@ -72,14 +107,26 @@ class LatentDiffusion:
             for start in range(0, len(group), most):
                 batch = group[start : start + most]
                 with loading.quiet(), _enough_memory(batch):
-                    images = self._draw(batch, on_step)
+                    images = self._draw(batch, on_step, on_preview)
                 yield from images
 
-    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None) -> list[Image]:
+    def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None = None) -> list[Image]:
         """Pictures of jobs of one shape."""
         first = jobs[0]
         assert first.steps is not None
         assert first.guidance is not None
+        assert first.width is not None
+        assert first.height is not None
+        size, sketch = (first.height, first.width), None
+        if first.image is not None:
+            assert first.strength is not None
+            sketch = Sketch.of(first.image, first.mask, first.strength, size)
+
+        def preview(x0: Tensor) -> None:
+            assert on_preview is not None
+            for job, image in zip(jobs, to_images(self.preview(x0))):
+                on_preview(job, image.resize(size[::-1]))
+
         states, negative_states = self._states(jobs)  # (N, L, D) each
         pixels = draw(
             self.unet,
@@ -92,9 +139,17 @@ class LatentDiffusion:
             guidance=first.guidance,
             guidance_rescale=first.guidance_rescale,
             negative_states=negative_states,
+            variations=[job.variation for job in jobs],
+            sketch=sketch,
             on_step=on_step and (lambda done: on_step(done * len(jobs))),
+            on_x0=on_preview and preview,
         )  # (N, 3, H, W)
         return to_images(pixels)
+
+    @functools.cached_property
+    def preview(self) -> Callable[[Tensor], Tensor]:
+        """What latents look like, roughly and at once."""
+        return Preview(self.vae)
 
     def _states(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None]:
         """Token states of prompts and negative prompts; each pair is encoded alone, so no other changes its bits."""
@@ -104,6 +159,9 @@ class LatentDiffusion:
         return pairs[:, 1], pairs[:, 0]
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
+        return self._kept(*prompts)
+
+    def _encode_anew(self, *prompts: str) -> Tensor:
         return encode_weighted(self.text_encoder, self.tokenizer, prompts)
 
     def _two_passes(self, job: Job) -> bool:
@@ -119,7 +177,9 @@ class LatentDiffusion:
         length = texts.length_of(self.text_encoder, self.tokenizer)
         prompts = [job.prompt, job.negative] if self._two_passes(job) else [job.prompt]
         pieces = max(len(texts.weighted(self.tokenizer, prompt, length)) for prompt in prompts)
-        return pieces, replace(job, prompt="", negative="", seed=0, template=None, negative_template=None)
+        return pieces, replace(
+            job, prompt="", negative="", seed=0, template=None, negative_template=None, variation=None
+        )
 
 
 PIPELINE_OPTIONS = {
@@ -133,7 +193,7 @@ PIPELINE_OPTIONS = {
 class Pipeline:
     """Any other text-to-image pipeline of Diffusers, called as it is, one picture at a time."""
 
-    def __init__(self, spec: Spec, device: torch.device) -> None:
+    def __init__(self, spec: Spec, setup: Setup) -> None:
         """Load from a model folder. Raises ModelError."""
         index = loading.pipeline_index(spec.folder)
         left_out: dict[str, Any] = {name: None for name in hub.NOT_LOADED if name in index}
@@ -142,12 +202,16 @@ class Pipeline:
 
             self.pipeline = DiffusionPipeline.from_pretrained(
                 spec.folder,
-                dtype=torch.float32,
+                dtype=setup.dtype,
                 variant=loading.variant(file.name for part in spec.parts for file in (spec.folder / part).glob("*")),
                 use_safetensors=True,
                 local_files_only=True,
                 **left_out,
-            ).to(device)
+            )
+            if setup.low_memory and setup.device.type == "cuda":
+                self.pipeline.enable_model_cpu_offload(device=setup.device)
+            else:
+                self.pipeline.to(setup.device)
             self.scheduler = self.pipeline.scheduler
         self.pipeline.set_progress_bar_config(disable=True)
         self.name = spec.pipeline
@@ -181,8 +245,10 @@ class Pipeline:
         guidance = job.guidance or self._default("guidance_scale") or GUIDANCE
         return replace(job, steps=steps, guidance=guidance)
 
-    def paint(self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None) -> Iterator[Image]:
-        """One call a job."""
+    def paint(
+        self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None
+    ) -> Iterator[Image]:
+        """One call a job, without previews."""
         for job in jobs:
             with loading.quiet(), _enough_memory([job]):
                 image = self._draw(job)
@@ -240,6 +306,6 @@ def scheduler_for(painter: Painter, job: Job) -> Any:
     return painter.scheduler if job.scheduler is None else samplers.named(job.scheduler, painter.scheduler)
 
 
-def new(spec: Spec, device: torch.device) -> Painter:
-    """The painter for a model. Raises ModelError."""
-    return LatentDiffusion(spec, device) if spec.own_loop else Pipeline(spec, device)
+def new(spec: Spec, setup: Setup, alter: Alter) -> Painter:
+    """The painter for a model; `alter` adds to networks of ours as soon as they are read. Raises ModelError."""
+    return LatentDiffusion(spec, setup, alter) if spec.own_loop else Pipeline(spec, setup)

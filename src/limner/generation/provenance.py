@@ -1,30 +1,36 @@
-"""A picture knows its origin: what is written into a PNG, how it is read back, and where the file goes.
+"""A picture knows its origin: what its file says of it, how that is read back, and where the file goes.
 
-Two text chunks. `parameters` is what stable-diffusion-webui (A1111) writes, which other programs show. `limner` is
-JSON with every setting, the versions of the libraries, the device, and the sha256 of every weight file.
+Two texts, which `files` puts in their places. The parameters are what stable-diffusion-webui (A1111) writes, which
+other programs show. The record is JSON with every setting, the versions of the libraries, the device, and the sha256
+of every weight file.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
 import unicodedata
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limner.artifacts import atomic_file
+from limner import artifacts
 from limner.diffusion import samplers
 from limner.errors import DataError
+from limner.generation import files
+from limner.generation.sources import Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from limner.config import Format
     from limner.generation.jobs import Job
 
-RECORD, PARAMETERS = "limner", "parameters"
 FORMAT = 1  # of the record; higher when a reader of this one would misread it
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "pillow", "numpy")
 NAME_BYTES = 100  # of a file name, so that numbers and endings fit beside it
@@ -36,7 +42,51 @@ def make_record(job: Job, model: dict[str, Any], device: dict[str, Any]) -> dict
 
     libraries = {name: version(name) for name in LIBRARIES}
     versions = {"limner": __version__, "python": platform.python_version(), **libraries}
-    return {"format": FORMAT, **asdict(job), "model": model, "device": device, "versions": versions}
+    settings = {field.name: _plain(getattr(job, field.name)) for field in fields(job)}
+    return {"format": FORMAT, **settings, "model": model, "device": device, "versions": versions}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it; of a picture its name and hash."""
+    if isinstance(value, Source):
+        return {"file": value.ref, "sha256": value.sha256}
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def differences(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a picture was drawn with that is otherwise `now`, in the record of the same picture drawn again."""
+    found = []
+    hashed: list[tuple[str, dict[str, str], dict[str, str]]] = [
+        ("weights", record["model"]["weights"], now["model"]["weights"]),
+        ("LoRA", _added(record, "loras"), _added(now, "loras")),
+        ("embedding", _added(record, "embeddings"), _added(now, "embeddings")),
+        ("picture", _pictures(record), _pictures(now)),
+    ]
+    for what, one, other in hashed:
+        for name in {**one, **other}:
+            if one.get(name) != other.get(name):
+                state = "is gone" if name not in other else "is new" if name not in one else "has changed"
+                found.append(f"{what} {name} {state}")
+    for what, one, other in (
+        ("scheduler", record["model"]["scheduler"], now["model"]["scheduler"]),
+        ("version of", record["versions"], now["versions"]),
+        ("device", record["device"], now["device"]),
+    ):
+        for name in {**one, **other}:
+            if one.get(name) != other.get(name):
+                found.append(f"{what} {name}: {one.get(name)} then, {other.get(name)} now")
+    return found
+
+
+def _added(record: dict[str, Any], kind: str) -> dict[str, str]:
+    """The sha256 of LoRAs or textual inversions."""
+    return {added["ref"]: added["sha256"] for added in record["model"].get(kind, [])}
+
+
+def _pictures(record: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of the pictures that a drawing began with."""
+    begun = {f"of {role}": record.get(role) for role in ("image", "mask")}
+    return {role: facts["sha256"] for role, facts in begun.items() if facts is not None}
 
 
 def parameters(record: dict[str, Any]) -> str:
@@ -52,6 +102,10 @@ def parameters(record: dict[str, Any]) -> str:
         "Model": model["ref"],
         "Version": f"limner {record['versions']['limner']}",
     }
+    if record.get("strength") is not None:
+        settings["Denoising strength"] = f"{record['strength']:g}"
+    if (variation := record.get("variation")) is not None:
+        settings |= {"Variation seed": variation["seed"], "Variation seed strength": f"{variation['strength']:g}"}
     if added := [f"{Path(lora['ref']).name}:{lora['weight']:g}" for lora in model["loras"]]:
         settings["Loras"] = ", ".join(added)
     if added := [f"{embedding['token']}: {embedding['sha256'][:12]}" for embedding in model["embeddings"]]:
@@ -71,41 +125,44 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value
 
 
-def save(image: Image, record: dict[str, Any], folder: Path) -> Path:
-    """Write the picture as a PNG into `folder`, whole or not at all, under a name that no file has; return the path.
+def save(image: Image, record: dict[str, Any], folder: Path, kind: Format = "png", quality: int = 95) -> Path:
+    """Write the picture into `folder`, whole or not at all, under a name that no file has; return the path.
 
-    Raises OSError as the writing does.
+    The record of a JPEG or WebP has `quality` in it too. Raises OSError as the writing does, and ConfigError as
+    `files.write`.
     """
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text(PARAMETERS, parameters(record))
-    info.add_text(RECORD, json.dumps(record))
-    path = _claim(folder, f"{_slug(record['prompt'])}-{record['seed']}")
-    try:
-        with atomic_file(path) as partial:
-            image.save(partial, "PNG", pnginfo=info)
-    except BaseException:
-        path.unlink()
-        raise
-    return path
+    texts = _texts(record, kind, quality)
+    names = free_names(folder / f"{slug(record['prompt'])}-{record['seed']}{files.SUFFIXES[kind]}")
+    return artifacts.write_new(names, lambda path: files.write(image, path, kind, quality, *texts))
 
 
-def _claim(folder: Path, stem: str) -> Path:
-    """An empty file of a new name, which no other process can take from then on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            number += 1
-        else:
-            return path
+def write(image: Image, record: dict[str, Any], path: Path) -> None:
+    """Write the picture as the PNG `path`, whole or not at all. Raises OSError as the writing does."""
+    with artifacts.atomic_file(path) as partial:
+        files.write(image, partial, "png", 100, *_texts(record, "png", 100))
 
 
-def _slug(prompt: str) -> str:
+def check_fits(record: dict[str, Any], kind: Format) -> None:
+    """Raise ConfigError where the record is too long for such a file."""
+    from PIL import Image as Images
+
+    files.write(Images.new("RGB", (1, 1)), BytesIO(), kind, 100, *_texts(record, kind, 100))
+
+
+def _texts(record: dict[str, Any], kind: Format, quality: int) -> tuple[str, str]:
+    """What `files.write` puts beside the pixels."""
+    written = record if kind == "png" else {**record, "quality": quality}
+    return parameters(written), json.dumps(written)
+
+
+def free_names(path: Path) -> Iterator[Path]:
+    """`dog.png`, `dog-2.png`, `dog-3.png`, ..."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_stem(f"{path.stem}-{number}")
+
+
+def slug(prompt: str) -> str:
     """`A dog, on a beach.` -> `a-dog-on-a-beach`; letters and digits of any script are kept."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt.lower()))
     slug = "-".join(words).encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
@@ -114,17 +171,13 @@ def _slug(prompt: str) -> str:
 
 def read(file: Path) -> dict[str, Any]:
     """The record in a picture that Limner drew. Raises DataError where there is none."""
-    from PIL import Image, UnidentifiedImageError
+    return parsed(file, files.read(file)[2])
 
+
+def parsed(file: Path, text: str) -> dict[str, Any]:
+    """The record that `files.read` found in a file. Raises DataError where it is none."""
     try:
-        with Image.open(file) as image:
-            image.load()
-            text = image.info.get(RECORD)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a whole picture"
-        raise DataError(f"{file} can't be read ({reason}).") from None
-    try:
-        record = json.loads(text or "")
+        record = json.loads(text)
         known = record["format"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise DataError(

@@ -65,6 +65,19 @@ def fetch(ref: str) -> Path:
         _fail(ref, error)
 
 
+def fetch_card(ref: str) -> None:
+    """Fetch the card of a hub model too, which has its licence; one without a card or a connection has none."""
+    from huggingface_hub import hf_hub_download
+
+    repo, _, revision = ref.partition("@")
+    try:
+        with _quiet():
+            hf_hub_download(repo, "README.md", revision=revision or None)
+    except Exception as error:  # whatever the HTTP client and the hub's client raise; nothing of ours runs in here
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise  # the disk, not the hub
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the hub client's warnings to itself, and its progress bars to terminals."""

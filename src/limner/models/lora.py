@@ -25,6 +25,7 @@ from limner.models import loading
 from limner.models.layers import tuned_layers
 
 FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
+ALTERED = ("unet", "text_encoder")
 ADAPTER = "default"  # PEFT's name for additions, which no file has
 IN_KOHYA = re.compile(r"lora_[^.]+\.(lora_down\.weight|lora_up\.weight|alpha)")
 IN_PEFT = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A\.weight|B\.weight|magnitude_vector)")
@@ -146,8 +147,9 @@ def _number(text: str) -> float | None:
 
 @torch.no_grad()
 def fuse(loras: Iterable[Lora], networks: Mapping[str, Any]) -> None:
-    """Add LoRAs to the weights of networks, by their names `unet` and `text_encoder`, one after the other.
+    """Add LoRAs to the weights of networks, by their names `unet` or `text_encoder`, one after the other.
 
+    What a LoRA has for the other of the two is left out where that is not among `networks`.
     Drawing then costs no more than without. Raises ModelError that names what doesn't fit, ConfigError without PEFT.
     """
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin as Loader
@@ -208,9 +210,10 @@ def _fitting(file: Path, tensors: dict[str, Tensor], networks: Mapping[str, Any]
     by_network: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         network, _, rest = name.partition(".")
-        if network not in networks:
+        if network not in ALTERED:
             raise refuse(f"it changes {name}, which is not there")
-        by_network.setdefault(network, {})[rest] = tensor
+        if network in networks:
+            by_network.setdefault(network, {})[rest] = tensor
     for network, own in by_network.items():
         layers: dict[str, nn.Module] = dict(networks[network].named_modules())
         with loading.reading("LoRA", file):

@@ -4,37 +4,93 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from limner import artifacts
 from limner.config import GenerateConfig
 from limner.diffusion import samplers
 from limner.errors import ConfigError
+from limner.generation import grids, provenance, ranking, sheets, sources, terminal
 from limner.generation import prompts as texts
 from limner.generation.jobs import Job, Spec, count_parameters, make_jobs, read_embeddings, read_loras, read_spec
 from limner.models import hub, loading
 from limner.models.inversion import Inversion
 from limner.models.lora import Lora
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from limner.generation.model import Picture
+    from limner.generation.painters import OnPreview
+
 OWN = "the pipeline's own"
+PREVIEW_EVERY = 0.2  # seconds
 
 
 def run(config: GenerateConfig) -> None:
     """Draw the pictures into the folder `config.out` and print the path of each as soon as it is there.
 
-    Raises ConfigError and ModelError before anything is loaded where the settings can tell.
+    Raises ConfigError, DataError and ModelError before anything is loaded where the settings can tell.
     """
-    spec, loras, embeddings, jobs = _read(config, None)
+    spec, loras, embeddings, cells = _read(config, None)
     from limner.generation.model import Model
     from limner.progress import progress
 
-    model = Model(spec, config.device, loras, embeddings)
-    jobs = model.settle(jobs)
-    with progress("Drawing", sum(job.steps or 0 for job in jobs)) as advance:
-        for picture in model.draw(jobs, batch_size=config.batch_size, on_step=advance):
-            path = picture.save(config.out)
+    model = Model(spec, config.device, loras, embeddings, config.precision, config.low_memory)
+    jobs = model.settle([job for cell in cells for job in cell])
+    if config.format == "jpeg":  # which has little room
+        for job in jobs:
+            provenance.check_fits(model.record(job), config.format)
+    on_preview = None if config.preview is None else _previewer(config.preview)
+    drawn = []
+    with progress("Drawing", sum(job.steps_taken for job in jobs)) as advance:
+        pictures = model.draw(jobs, batch_size=config.batch_size, on_step=advance, on_preview=on_preview)
+        if config.best_of is not None:
+            pictures = model.best(pictures, config.n, config.best_of)
+        for picture in pictures:
+            path = picture.save(config.out, config.format, config.quality)
             print(path, flush=True)
+            if config.grid or config.sheet or config.show:
+                drawn.append(picture)
+    for kind, sheet in _sheets(config, drawn, cells):
+        names = provenance.free_names(config.out / f"{kind}.png")
+        print(artifacts.write_new(names, partial(sheet.save, format="PNG")), flush=True)
+    if config.show:
+        for picture in drawn:
+            terminal.show(picture.image)
+
+
+def _sheets(
+    config: GenerateConfig, drawn: Sequence[Picture], cells: Sequence[Sequence[Job]]
+) -> Iterator[tuple[str, Image]]:
+    """The grids and the contact sheet that were asked for, by what they are."""
+    if config.grid is not None:
+        images = iter([picture.image for picture in drawn])
+        by_cell = [list(islice(images, len(cell))) for cell in cells]
+        for grid in grids.grids(grids.axes(config.grid), by_cell, cells[0]):
+            yield "grid", grid
+    if config.sheet:
+        labels = [f"{picture.record['prompt']} (seed\u00a0{picture.record['seed']})" for picture in drawn]
+        yield "sheet", sheets.contact([picture.image for picture in drawn], labels)
+
+
+def _previewer(file: Path) -> OnPreview:
+    """Writes previews into a file, each over the last, but not more often than eyes and disks can follow."""
+    last = 0.0
+
+    def write(_: Job, image: Image) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PREVIEW_EVERY:
+            with artifacts.atomic_file(file) as hidden:
+                image.save(hidden, "PNG")
+            last = time.monotonic()
+
+    return write
 
 
 def plan(config: GenerateConfig) -> dict[str, Any]:
@@ -43,17 +99,18 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     if loading.is_hub_id(config.model) and cached is None:
         pictures = len(_prompts(config)) * config.n
         return {"model": f"{config.model}, to be fetched; its size is not known yet", "pictures": pictures}
-    spec, loras, embeddings, jobs = _read(config, cached)
+    spec, loras, embeddings, cells = _read(config, cached)
+    jobs = [job for cell in cells for job in cell]
     first, counts = jobs[0], count_parameters(spec)
-    last_seed = config.seed + config.n - 1
+    seeds = sorted({job.seed for job in jobs})
     return {
         "model": f"{spec.ref} ({spec.pipeline})",
         **({"LoRAs": ", ".join(f"{lora.ref} at {lora.weight:g}" for lora in loras)} if loras else {}),
         **({"embeddings": ", ".join(f"{added.ref} as {added.token}" for added in embeddings)} if embeddings else {}),
         "parameters": ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in counts.items()),
         "memory": f"{sum(counts.values()) * 4 / 2**20:,.0f} MiB for the weights, more while drawing",
-        "pictures": f"{len(jobs)} ({config.n} a prompt), {_shown_size(first)}",
-        "seeds": config.seed if config.n == 1 else f"{config.seed} to {last_seed}",
+        "pictures": f"{len(jobs)} ({len(jobs) // len(_prompts(config))} a prompt), {_shown_size(first)}",
+        "seeds": seeds[0] if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
         "steps": first.steps or OWN,
         "guidance": first.guidance or OWN,
         "scheduler": samplers.label(first.scheduler, spec.scheduler) if spec.scheduler else first.scheduler or OWN,
@@ -68,24 +125,41 @@ def _shown_size(job: Job) -> str:
 
 def _read(
     config: GenerateConfig, folder: Path | None
-) -> tuple[Spec, tuple[Lora, ...], tuple[Inversion, ...], list[Job]]:
-    """The model's own settings, read from `folder` where that is known already, what is added to it, and the jobs."""
+) -> tuple[Spec, tuple[Lora, ...], tuple[Inversion, ...], list[list[Job]]]:
+    """The model's own settings, read from `folder` where that is known already, what is added to it, and the jobs, by
+    the cells of the grid; without one all are in one."""
     prompts = _prompts(config)
     _check_out(config.out)
+    cells = [config] if config.grid is None else grids.cells(config, grids.axes(config.grid))
+    image = None if config.image is None else sources.read_picture(config.image)
+    mask = None if config.mask is None else sources.read_mask(config.mask)
+    if config.show:
+        terminal.check()
     spec = read_spec(config.model, folder)
     loras, embeddings = read_loras(spec, config.loras), read_embeddings(spec, config.embeddings)
-    jobs = make_jobs(
-        spec,
-        prompts,
-        n=config.n,
-        seed=config.seed,
-        steps=config.steps,
-        guidance=config.guidance,
-        negative=config.negative,
-        size=config.size,
-        scheduler=config.scheduler,
-        guidance_rescale=config.guidance_rescale,
-    )
+    if config.best_of is not None:
+        ranking.check(spec, config.n, config.best_of)
+    if config.preview is not None and not spec.own_loop:
+        raise ConfigError(f"{spec.ref} is a {spec.pipeline}, of which there are no previews; leave out --preview.")
+    jobs = [
+        make_jobs(
+            spec,
+            prompts,
+            n=config.n if config.best_of is None else config.best_of,
+            seed=cell.seed,
+            steps=cell.steps,
+            guidance=cell.guidance,
+            negative=cell.negative,
+            size=cell.size,
+            scheduler=cell.scheduler,
+            guidance_rescale=cell.guidance_rescale,
+            variation=cell.variation,
+            image=image,
+            mask=mask,
+            strength=cell.strength,
+        )
+        for cell in cells
+    ]
     return spec, loras, embeddings, jobs
 
 

@@ -61,6 +61,8 @@ class TrainUnet:
                 lora.add(self.unet, config)
             else:
                 layers.freeze_others(self.unet, config.tune)
+        if config.precision == "bf16" and not torch.cuda.is_available():
+            layers.attend_plainly(self.unet)
         self.network: nn.Module = self.unet
         if config.align_weight:
             width, side, _ = self.encoded.train.features(0, 0).shape

@@ -16,8 +16,9 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from limner.evaluation.mixing import ALPHAS
-from limner.evaluation.plots import BLUE, GAP, GREEN, GREY, VERMILION, grid, plot_alpha, plot_drift
+from limner.evaluation.plots import BLUE, GREEN, VERMILION, grid, plot_alpha, plot_drift
 from limner.generation.engine import to_images
+from limner.generation.sheets import GAP, GREY
 
 PICTURES = {"cmmd": 0.8, "clip_score": 0.7, "r_precision": 0.4}
 

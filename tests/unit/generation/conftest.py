@@ -18,5 +18,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(folder: Path) -> Model:
-    """That model, loaded."""
-    return Model.load(str(folder), "cpu")
+    """That model, loaded in fp32."""
+    return Model.load(str(folder), "cpu", precision="fp32")

@@ -117,7 +117,7 @@ def theirs(root: Path) -> list[np.ndarray]:
 
 def draw(root: Path, case: Case) -> np.ndarray:
     """What Limner draws for a case, (H, W, 3) uint8."""
-    drawn = Model.load(str(root / case.folder), "cpu")(
+    drawn = Model.load(str(root / case.folder), "cpu", precision="fp32")(
         case.prompt,
         seed=case.seed,
         steps=case.steps,

@@ -56,30 +56,30 @@ def vectors(count: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("layout", ["<toy>", "emb_params"])
 def test_a_token_means_what_it_means_in_diffusers(folder: Path, tmp_path: Path, layout: str, count: int) -> None:
     file = made(tmp_path / "<toy>.safetensors", layout, count)
-    found = states(load(str(folder), device="cpu", embeddings=[str(file)]), PROMPT)
+    found = states(load(str(folder), device="cpu", precision="fp32", embeddings=[str(file)]), PROMPT)
     assert_close(found, theirs(folder, PROMPT, (vectors(count), "<toy>")), atol=1e-5, rtol=0)
-    assert (found - states(load(str(folder), device="cpu"), PROMPT)).abs().max() > 0.01
+    assert (found - states(load(str(folder), device="cpu", precision="fp32"), PROMPT)).abs().max() > 0.01
 
 
 def test_several_share_a_prompt_and_a_token_can_be_named(folder: Path, tmp_path: Path) -> None:
     one, two = made(tmp_path / "one.safetensors", "emb_params", 2), made(tmp_path / "two.safetensors", seed=1)
-    model = load(str(folder), device="cpu", embeddings=[str(one), f"{two}:My-Style"])
+    model = load(str(folder), device="cpu", precision="fp32", embeddings=[str(one), f"{two}:My-Style"])
     wanted = theirs(folder, "a one, my-style", (vectors(2), "one"), (vectors(1, 1), "my-style"))
     for prompt in ("a one, my-style", "A ONE, My-Style"):  # CLIP knows no case
         assert_close(states(model, prompt), wanted, atol=1e-5, rtol=0)
-    plain = load(str(folder), device="cpu")
+    plain = load(str(folder), device="cpu", precision="fp32")
     assert torch.equal(states(model, "none of them; ones"), states(plain, "none of them; ones")), "a word, not a part"
 
 
 def test_a_folder_and_one_vector_without_rows_will_do(folder: Path, tmp_path: Path) -> None:
     save_file({"<toy>": vectors(1)[0]}, tmp_path / "learned_embeds.safetensors")
-    model = load(str(folder), device="cpu", embeddings=[str(tmp_path)])
+    model = load(str(folder), device="cpu", precision="fp32", embeddings=[str(tmp_path)])
     assert_close(states(model, PROMPT), theirs(folder, PROMPT, (vectors(1), "<toy>")), atol=1e-5, rtol=0)
 
 
 def test_vectors_take_places_and_weights_as_words_do(folder: Path, tmp_path: Path) -> None:
     file = made(tmp_path / "toy.safetensors", "emb_params", 40)
-    model = load(str(folder), device="cpu", embeddings=[str(file)])
+    model = load(str(folder), device="cpu", precision="fp32", embeddings=[str(file)])
     assert states(model, "toy").shape[1] == 77
     assert states(model, "toy toy").shape[1] == 154, "80 places"
     assert not torch.equal(states(model, "(toy:1.5)"), states(model, "toy"))
@@ -87,7 +87,10 @@ def test_vectors_take_places_and_weights_as_words_do(folder: Path, tmp_path: Pat
 
 def test_other_models_stay_as_they_are_and_the_record_knows(folder: Path, tmp_path: Path) -> None:
     file = made(tmp_path / "toy.safetensors", "emb_params", 2)
-    with_it, without = load(str(folder), device="cpu", embeddings=[str(file)]), load(str(folder), device="cpu")
+    with_it, without = (
+        load(str(folder), device="cpu", precision="fp32", embeddings=[str(file)]),
+        load(str(folder), device="cpu", precision="fp32"),
+    )
     picture = with_it("A toy.", steps=1).pictures[0]
     assert picture.record["model"]["embeddings"] == [{"ref": str(file), "sha256": sha256(file), "token": "toy"}]
     assert f'TI hashes: "toy: {sha256(file)[:12]}"' in provenance.parameters(picture.record)
@@ -112,7 +115,7 @@ def refused(kind: type[UserError], call: Callable[[], object], *said: str) -> No
 
 def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
     def with_(*texts: str) -> Callable[[], object]:
-        return lambda: load(str(folder), device="cpu", embeddings=texts)
+        return lambda: load(str(folder), device="cpu", precision="fp32", embeddings=texts)
 
     wide = made(tmp_path / "wide.safetensors", width=768)
     refused(ModelError, with_(str(wide)), f"{wide} is of shape (1, 768), and this model's text encoder is 32 wide")

@@ -195,3 +195,12 @@ def test_any_prompt_and_setting_makes_jobs_or_a_sentence(given_: dict, scheduler
         for text in (job.prompt, job.negative):
             assert all(abs(span.weight) <= 100 for part in language.parse(text) for span in part)
             assert language.chosen(text, job.seed) == text
+
+
+@given(fragments.filter(lambda text: "BREAK" not in text), st.integers(0, 9))
+def test_a_literal_text_means_itself(text: str, seed: int) -> None:
+    literal = language.literal(text)
+    assert language.chosen(literal, seed) == literal
+    said = [span for part in spans(literal) for span in part]
+    assert "".join(words for words, _ in said) == text
+    assert {weight for _, weight in said} <= {1.0}

@@ -56,7 +56,7 @@ def draw(model: Model) -> Tensor:
 
 def ours(folder: Path, *loras: object) -> Tensor:
     """What Limner draws."""
-    return draw(load(str(folder), device="cpu", loras=[str(text) for text in loras]))
+    return draw(load(str(folder), device="cpu", precision="fp32", loras=[str(text) for text in loras]))
 
 
 def theirs(folder: Path, *files: Path, weights: tuple[float, ...] = ()) -> Tensor:
@@ -76,7 +76,7 @@ def theirs(folder: Path, *files: Path, weights: tuple[float, ...] = ()) -> Tenso
 def changes(folder: Path, *loras: object) -> dict[str, Tensor]:
     """What LoRAs add to the U-Net's weights."""
     plain, changed = (
-        load(str(folder), device="cpu", loras=[str(text) for text in texts]).painter.unet.state_dict()  # type: ignore[attr-defined]
+        load(str(folder), device="cpu", precision="fp32", loras=[str(text) for text in texts]).painter.unet.state_dict()  # type: ignore[attr-defined]
         for texts in ((), loras)
     )
     assert plain.keys() == changed.keys()
@@ -173,7 +173,7 @@ def test_the_text_encoder_is_changed_too(folder: Path, tmp_path: Path, kohya: bo
 
 def test_what_draws_is_as_plain_as_before(folder: Path, tmp_path: Path) -> None:
     made(tmp_path / "lora")
-    loaded = Model.load(str(folder), "cpu", [str(tmp_path / "lora")] * 2)
+    loaded = Model.load(str(folder), "cpu", [str(tmp_path / "lora")] * 2, precision="fp32")
     for network, plain in (
         (loaded.painter.unet, tiny_unet()),  # type: ignore[attr-defined]
         (loaded.painter.text_encoder, tiny_text_encoder()),  # type: ignore[attr-defined]
@@ -188,7 +188,7 @@ def test_what_draws_is_as_plain_as_before(folder: Path, tmp_path: Path) -> None:
 
 def test_the_record_names_each_lora(folder: Path, tmp_path: Path) -> None:
     file = made(tmp_path / "lora") / lora.FILE
-    model = load(str(folder), device="cpu", loras=[f"{file}:0.5", str(tmp_path / "lora")])
+    model = load(str(folder), device="cpu", precision="fp32", loras=[f"{file}:0.5", str(tmp_path / "lora")])
     record = model("A dog.", steps=1).pictures[0].record
     digest = sha256(file)
     assert record["model"]["loras"] == [

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 import limner
+from limner.config import Precision
 from limner.errors import ConfigError, ModelError
 from limner.generation import provenance
 from limner.generation.jobs import make_jobs
@@ -30,9 +31,11 @@ def same(one: Image, other: Image) -> bool:
 
 
 @pytest.mark.parametrize("scheduler", ["dpm-flow", "euler-ancestral"])  # one draws noise of its own in each step
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_a_picture_does_not_depend_on_those_beside_it(tmp_path: Path, scheduler: str, guidance: float) -> None:
-    model = Model.load(str(tiny_model(tmp_path, scheduler)), "cpu")
+@pytest.mark.parametrize(("guidance", "precision"), [(1.0, "fp32"), (5.0, "fp32"), (5.0, "bf16")])
+def test_a_picture_does_not_depend_on_those_beside_it(
+    tmp_path: Path, scheduler: str, guidance: float, precision: Precision
+) -> None:
+    model = Model.load(str(tiny_model(tmp_path, scheduler)), "cpu", precision=precision)
     pixels: list[Tensor] = []  # before they are rounded to bytes
     model.painter.vae.decoder.register_forward_hook(lambda module, given, result: pixels.extend(result))
 
@@ -65,7 +68,7 @@ def test_seeds_and_prompts_tell_pictures_apart(model: Model) -> None:
 
 
 def test_a_model_loaded_again_draws_the_same(folder: Path, model: Model) -> None:
-    one, other = model("A dog.", seed=9), limner.load(str(folder), device="cpu")("A dog.", seed=9)
+    one, other = model("A dog.", seed=9), limner.load(str(folder), device="cpu", precision="fp32")("A dog.", seed=9)
     assert same(one.images[0], other.images[0])
     assert one.pictures[0].record == other.pictures[0].record
 
@@ -175,7 +178,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_pipeline_draws_through_diffusers(other: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from diffusers import LatentConsistencyModelPipeline
 
-    model = Model.load(str(other), "cpu")
+    model = Model.load(str(other), "cpu", precision="fp32")
     told: list[int] = []
     drawn = model(["A dog.", "A cat."], n=2, seed=3, on_step=told.append)
     assert capfd.readouterr().err == ""
@@ -193,7 +196,7 @@ def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> N
     folder = tiny_model(tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
-    model = Model.load(str(folder), "cpu")
+    model = Model.load(str(folder), "cpu", precision="fp32")
     plain = model("A (brown) dog.", steps=3, size=16).pictures[0]
     drawn = model("A (brown) {dog|dog}.", steps=3, size=16, scheduler="euler").pictures[0]
     assert not same(plain.image, drawn.image)
@@ -205,7 +208,7 @@ def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> N
 
 
 def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
-    model = Model.load(str(other), "cpu")
+    model = Model.load(str(other), "cpu", precision="fp32")
     with pytest.raises(ConfigError, match="no negative setting"):
         model("A dog.", negative="snow")
     with pytest.raises(ConfigError, match="longer than LatentConsistencyModelPipeline reads"):

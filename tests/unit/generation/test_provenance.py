@@ -6,7 +6,6 @@ import errno
 import multiprocessing
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,27 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from limner.errors import DataError
 from limner.generation import provenance
-from limner.generation.jobs import Job
-
-JOB = Job("A dog.", "", 7, 25, 7.5, 16, 16)
-MODEL: dict[str, Any] = {
-    "ref": "builtin",
-    "pipeline": "StableDiffusionPipeline",
-    "scheduler": {"_class_name": "DDIMScheduler"},
-    "weights": {"unet/a.safetensors": "0" * 64},
-    "sha256": "abcdef" + "0" * 58,
-    "loras": [],
-    "embeddings": [],
-}
-DEVICE = {"type": "cpu", "name": "x86_64", "threads": 2}
-IMAGE = Image.new("RGB", (16, 16), "red")
-
-any_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=200)
-
-
-def record(**changes: Any) -> dict[str, Any]:
-    """The record of a job that differs from `JOB` as told."""
-    return provenance.make_record(replace(JOB, **changes), MODEL, DEVICE)
+from records import IMAGE, MODEL, any_text, record
 
 
 @given(prompt=any_text, negative=any_text, seed=st.integers(0, 2**63 - 1), guidance=st.floats(1, 100))

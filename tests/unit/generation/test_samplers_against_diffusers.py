@@ -127,7 +127,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     for name, config in CONFIGURATIONS.items():
         folder = tiny_model(tmp_path_factory.mktemp("models") / name)
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-        made[name] = Model.load(str(folder), "cpu")
+        made[name] = Model.load(str(folder), "cpu", precision="fp32")
     return made
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from diffusers.models.attention_processor import Attention
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from limner.errors import ModelError
 from limner.models import layers
-from tiny import tiny_unet
+from tiny import WIDTH, tiny_unet
 
 
 def test_cross_attention_is_what_reads_token_states() -> None:
@@ -29,3 +30,21 @@ def test_a_unet_without_attention_is_trained_in_full_only() -> None:
             layers.freeze_others(network, tune)
     layers.freeze_others(network, "full")
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_plain_attention_answers_the_same() -> None:
+    given = torch.randn(2, 4, 8, 8), 7, torch.randn(2, 5, WIDTH)
+    network = tiny_unet().eval()
+    with torch.no_grad():
+        fused = network(*given).sample
+        layers.attend_plainly(network)
+        assert {type(block.processor) for block in network.modules() if isinstance(block, Attention)} == {AttnProcessor}
+        torch.testing.assert_close(network(*given).sample, fused, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [64, (16, 64)])
+def test_large_unets_keep_the_kernel_that_needs_little_memory(size: int | tuple[int, int]) -> None:
+    network = tiny_unet(sample_size=size)
+    before = network.attn_processors
+    layers.attend_plainly(network)
+    assert network.attn_processors == before

@@ -112,7 +112,7 @@ def test_no_chunk_size_changes_what_comes_out(clip: Clip, count: int, chunk: int
 
 def deep_clip() -> Clip:
     """Narrow and many layers deep, so that activations are nearly all that it takes."""
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2}
     tokenizer = new_tokenizer(CAPTIONS, VOCABULARY)
     text = tower | text_settings(tokenizer)
     vision = tower | {"image_size": 16, "patch_size": 8}

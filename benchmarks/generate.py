@@ -1,0 +1,198 @@
+"""Seconds a picture takes: by Diffusers as its README shows it, by Diffusers in bf16, by OpenVINO, and by Limner.
+
+    python benchmarks/generate.py --name my-machine
+    python benchmarks/generate.py --name my-machine --size sd15 --pixels 256 --steps 4
+
+All draw with the same weights, prompt, seed, steps, guidance and size, in one process, and take turns picture by
+picture. OpenVINO, where it is installed, computes in bf16 on networks of fixed shapes, exported as `limner models
+export` does, in Limner's own denoising loop. `--size sd15` is random weights of Stable Diffusion 1.5's sizes.
+On a GPU, sides are Diffusers and Limner eager and compiled (`--compile`), for each of `--batch` pictures at once.
+
+Prints a line for each side and, last, all figures as JSON; the same goes to results/generate/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from record import keep
+from unet_train import sd15
+
+import limner
+from limner.models.loading import BUILTIN
+
+PROMPT, SEED, GUIDANCE = "A golden retriever playing in a field.", 7, 5.0
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+Draw = Callable[[], np.ndarray]
+"""Draws pictures (N, H, W, 3)."""
+
+
+def diffusers_side(folder: str, dtype: torch.dtype, chosen: argparse.Namespace, *, compiled: bool = False) -> Draw:
+    """Diffusers' pipeline."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(DEVICE)
+    pipeline.set_progress_bar_config(disable=True)
+    if compiled:
+        pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
+
+    def draw() -> np.ndarray:
+        drawn = pipeline(
+            [PROMPT] * chosen.batch,
+            num_inference_steps=chosen.steps,
+            guidance_scale=GUIDANCE,
+            width=chosen.pixels,
+            height=chosen.pixels,
+            generator=[torch.Generator().manual_seed(SEED + i) for i in range(chosen.batch)],
+        )
+        return np.stack([np.asarray(image) for image in drawn.images])
+
+    return draw
+
+
+def limner_side(folder: str, precision: Any, chosen: argparse.Namespace, *, compiled: bool = False) -> Draw:
+    """Limner, as its Python function draws."""
+    model = limner.load(folder, precision=precision)
+    if compiled:
+        model.painter.unet.compile(mode="max-autotune", fullgraph=True)  # type: ignore[attr-defined]
+
+    def draw() -> np.ndarray:
+        settings = {"steps": chosen.steps, "guidance": GUIDANCE, "size": chosen.pixels, "n": chosen.batch}
+        drawn = model(PROMPT, seed=SEED, batch_size=chosen.batch, **settings)
+        return np.stack([np.asarray(image) for image in drawn.images])
+
+    return draw
+
+
+def openvino_side(folder: str, exported: Path, chosen: argparse.Namespace) -> Draw:
+    """OpenVINO's networks in Limner's loop: as fast as their own pipeline, and with the same noise."""
+    from limner.generation import engine
+    from limner.models import export, loading
+
+    core = export.import_openvino().Core()
+    shape: tuple[int, ...] = ()
+    requests = {}
+    for network in export.networks(folder, (chosen.pixels, chosen.pixels), guided=True):
+        file = export.write(network, "openvino", exported)
+        settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        requests[network.name] = core.compile_model(str(file), "CPU", settings).create_infer_request()
+        if network.name == "unet":
+            shape = tuple(network.inputs["latents"].shape[1:])
+    tokenizer, scheduler = loading.load_tokenizer(folder), loading.load_scheduler(folder)
+
+    def call(name: str, **inputs: Any) -> torch.Tensor:
+        (found,) = requests[name].infer({key: value.numpy() for key, value in inputs.items()}).values()
+        return torch.from_numpy(found)
+
+    class UNet:
+        def __init__(self) -> None:
+            self.config: dict[str, Any] = {}
+
+        def __call__(self, latents: Any, timestep: Any, encoder_hidden_states: Any, **_: Any) -> tuple[torch.Tensor]:
+            return (call("unet", latents=latents, timestep=timestep.float(), states=encoder_hidden_states),)
+
+    def encode(prompt: str) -> torch.Tensor:
+        ids = tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        return call("text_encoder", input_ids=ids).clone()
+
+    def draw() -> np.ndarray:
+        states, negative_states = encode(PROMPT), encode("")
+        latents = engine.denoise(
+            UNet(),
+            scheduler,
+            engine.initial_noise([SEED], shape),
+            states,
+            steps=chosen.steps,
+            guidance=GUIDANCE,
+            negative_states=negative_states,
+        )
+        return np.asarray(engine.to_images(call("vae_decoder", latents=latents))[0])[None]
+
+    return draw
+
+
+def sides(folder: str, exported: Path, chosen: argparse.Namespace) -> dict[str, Draw]:
+    """All sides that this machine has, loaded."""
+    found = {
+        "diffusers fp32": diffusers_side(folder, torch.float32, chosen),
+        "diffusers bf16": diffusers_side(folder, torch.bfloat16, chosen),
+        "limner": limner_side(folder, "auto", chosen),
+    }
+    if chosen.compile:
+        found["diffusers bf16 compiled"] = diffusers_side(folder, torch.bfloat16, chosen, compiled=True)
+        found["limner compiled"] = limner_side(folder, "auto", chosen, compiled=True)
+    if DEVICE.type == "cpu" and chosen.batch == 1 and find_spec("openvino"):
+        found["openvino bf16"] = openvino_side(folder, exported, chosen)
+    return found
+
+
+def measure(draws: dict[str, Draw], chosen: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and CPU seconds a picture, medians over the rounds; a round before them warms up."""
+    wall: dict[str, list[float]] = {name: [] for name in draws}
+    busy: dict[str, list[float]] = {name: [] for name in draws}
+    pictures = {}
+    for number in range(chosen.rounds + 1):
+        for name, draw in draws.items():
+            started, begun = time.perf_counter(), time.process_time()
+            pictures[name] = draw().astype(int)
+            if number:
+                wall[name].append((time.perf_counter() - started) / chosen.batch)
+                busy[name].append((time.process_time() - begun) / chosen.batch)
+    result = SimpleNamespace(seconds={}, cpu_seconds={}, away={})
+    for name in draws:
+        result.seconds[name] = round(statistics.median(wall[name]), 4)
+        result.cpu_seconds[name] = round(statistics.median(busy[name]), 4)
+        result.away[name] = round(float(np.abs(pictures[name] - pictures["diffusers fp32"]).mean()), 3)
+        print(
+            f"{name:<24} {result.seconds[name]:8.3f} s a picture, {result.cpu_seconds[name]:8.3f} s of processor, "
+            f"{result.away[name]:.2f} of 255 from the first"
+        )
+    ours = "limner compiled" if chosen.compile else "limner"
+    ratios = {name: round(value / result.seconds[ours], 2) for name, value in result.seconds.items()}
+    busy_ratios = {name: round(value / result.cpu_seconds[ours], 2) for name, value in result.cpu_seconds.items()}
+    return {**vars(result), "times_limner": ratios, "times_limner_cpu": busy_ratios}
+
+
+def main() -> None:
+    """Measure, print, and keep the result under the machine's name."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--name", required=True, help="name of the machine, for the file of results")
+    parser.add_argument("--size", choices=["builtin", "sd15"], default="builtin", help="of the model (default builtin)")
+    parser.add_argument("--pixels", type=int, help="a side of the pictures (default 128, or 256 of sd15)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
+    parser.add_argument("--rounds", type=int, default=5, help="pictures of each, after one to warm up (default 5)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default 1)")
+    parser.add_argument("--threads", type=int, help="threads of all sides (default torch's)")
+    parser.add_argument("--compile", action="store_true", help="also compiled with max-autotune")
+    chosen = parser.parse_args()
+    chosen.pixels = chosen.pixels or (128 if chosen.size == "builtin" else 256)
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = str(BUILTIN) if chosen.size == "builtin" else sd15(Path(name) / "model")
+        measured = measure(sides(folder, Path(name), chosen), chosen)
+    keep(
+        "generate",
+        chosen.name,
+        device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        versions={name: version(name) for name in ("limner", "torch", "diffusers", "transformers")},
+        **{name: value for name, value in vars(chosen).items() if name not in ("name", "threads")},
+        **measured,
+    )
+
+
+if __name__ == "__main__":
+    main()

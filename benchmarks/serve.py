@@ -1,0 +1,163 @@
+"""What the server costs: pictures a second and latency at 1, 8 and 32 clients, against the bare engine.
+
+    python benchmarks/serve.py --name my-machine
+
+The built-in model draws with 4 steps. Also: how long GET takes meanwhile, from start to ready against a cold `limner
+generate`, and the idle server's memory. Prints a line for each figure and, last, all of them as JSON; the same goes to
+results/serve/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import keep
+
+import limner
+
+PROMPT = "A golden retriever playing in a field."
+STEPS = 4
+CLIENTS = (1, 8, 32)
+LIMNER = [sys.executable, "-c", "from limner.cli import main; main()"]
+
+
+class Server:
+    """`limner serve builtin` at a free port."""
+
+    def __init__(self, data: Path) -> None:
+        """Start it, and wait until it is ready."""
+        started = time.perf_counter()
+        with data.with_suffix(".log").open("wb") as log:
+            call = [*LIMNER, "serve", "builtin", "--port", "0", "--data", str(data)]
+            self.process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self.process.stdout is not None
+        found = re.search(r":(\d+)$", self.process.stdout.readline().strip())
+        if not found:
+            sys.exit("The server did not start; see its log.")
+        self.port = int(found[1])
+        while self.request("GET", "/readyz")[0] != 200:
+            time.sleep(0.02)
+        self.seconds_to_ready = time.perf_counter() - started
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, float]:
+        """Status and seconds of a request of its own connection."""
+        started = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        headers = {"Content-Type": "application/json"}
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status, time.perf_counter() - started
+
+    def memory(self) -> float | None:
+        """MiB that it occupies; None where the system does not tell."""
+        file = Path(f"/proc/{self.process.pid}/status")
+        found = re.search(r"VmRSS:\s+(\d+) kB", file.read_text()) if file.exists() else None
+        return round(int(found[1]) / 1024, 1) if found else None
+
+
+def bare(pictures: int) -> float:
+    """Pictures a second of the engine alone, one call a picture."""
+    model = limner.load("builtin")
+    model(PROMPT, steps=STEPS)
+    started = time.perf_counter()
+    for seed in range(pictures):
+        model(PROMPT, steps=STEPS, seed=seed)
+    return pictures / (time.perf_counter() - started)
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Of times, in milliseconds."""
+    return {f"p{q}_ms": round(float(np.percentile(seconds, q)) * 1000, 1) for q in (50, 95, 99)}
+
+
+def load(server: Server, clients: int, pictures: int) -> dict[str, float]:
+    """Draw so many pictures for so many clients at once, each waiting for its own, while another asks for the list."""
+    numbers = iter(range(pictures))
+    lock, over = threading.Lock(), threading.Event()
+    drawn: list[float] = []
+    listed: list[float] = []
+    statuses: set[int] = set()
+
+    def draw() -> None:
+        while True:
+            with lock:
+                seed = next(numbers, None)
+            if seed is None:
+                return
+            status, seconds = server.request(
+                "POST", "/v1/images/generations", {"prompt": PROMPT, "seed": seed, "steps": STEPS}
+            )
+            statuses.add(status)
+            drawn.append(seconds)
+
+    def look() -> None:
+        while not over.wait(0.02):
+            listed.append(server.request("GET", "/v1/jobs?limit=10")[1])
+
+    threads = [threading.Thread(target=draw) for _ in range(clients)]
+    looker = threading.Thread(target=look)
+    started = time.perf_counter()
+    for thread in (*threads, looker):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken = time.perf_counter() - started
+    over.set()
+    looker.join()
+    if statuses != {200}:
+        sys.exit(f"The server answered {statuses}.")
+    figures = {"pictures_a_second": round(pictures / taken, 2), **percentiles(drawn)}
+    return figures | {f"get_{name}": value for name, value in percentiles(listed).items()}
+
+
+def cold_generate(folder: Path) -> float:
+    """Seconds of a command that draws one picture."""
+    started = time.perf_counter()
+    call = [*LIMNER, "generate", PROMPT, "--set", f"steps={STEPS}", "--out", str(folder)]
+    subprocess.run(call, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure, print, and keep the result under the machine's name."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--name", required=True, help="name of the machine, for the file of results")
+    parser.add_argument("--pictures", type=int, default=128, help="pictures drawn for each figure (default 128)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        generate_seconds = cold_generate(Path(place) / "pictures")
+        server = Server(Path(place) / "served")
+        try:
+            figures: dict[str, Any] = {
+                "cold_generate_s": round(generate_seconds, 2),
+                "ready_s": round(server.seconds_to_ready, 2),
+                "idle_mib": server.memory(),
+            }
+            figures |= {f"clients_{n}": load(server, n, arguments.pictures) for n in CLIENTS}
+        finally:
+            server.process.terminate()
+            server.process.wait()
+    engine = bare(arguments.pictures)
+    figures["engine_pictures_a_second"] = round(engine, 2)
+    for n in CLIENTS:
+        figures[f"clients_{n}"]["share_of_engine"] = round(figures[f"clients_{n}"]["pictures_a_second"] / engine, 3)
+    for name, value in figures.items():
+        print(f"{name:<26} {value}")
+    keep("serve", arguments.name, limner=limner.__version__, pictures=arguments.pictures, steps=STEPS, **figures)
+
+
+if __name__ == "__main__":
+    main()

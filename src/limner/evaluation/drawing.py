@@ -1,0 +1,95 @@
+"""Pictures for many captions, drawn once: what lies there already is kept where it would be drawn the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limner.artifacts import read_json, write_json
+from limner.errors import DataError
+from limner.generation import provenance
+from limner.generation.jobs import Job
+from limner.generation.model import Model
+from limner.progress import progress
+from limner.training.memory import proc
+
+COST = "cost.json"
+
+
+def draw(model: Model, jobs: Mapping[Path, Job], folder: Path, *, batch_size: int) -> None:
+    """Draw each job into its file, a PNG below `folder`, unless that very picture is there.
+
+    `folder`/cost.json tells the seconds of each picture and the most memory that drawing took, over all calls that
+    drew for it. Raises ConfigError and ModelError as `Model.draw` does, OSError as the writing does.
+    """
+    settled = dict(zip(jobs, model.settle(list(jobs.values()))))
+    missing = {file: job for file, job in settled.items() if not _is_there(file, job, model)}
+    if not missing:
+        return
+    seconds = []
+    with progress("Drawing", len(settled), done=len(settled) - len(missing)) as advance, _peak(model.device) as memory:
+        last = time.perf_counter()
+        for file, picture in zip(missing, model.draw(list(missing.values()), batch_size=batch_size)):
+            seconds.append(time.perf_counter() - last)
+            provenance.write(picture.image, picture.record, file)
+            advance(1)
+            last = time.perf_counter()
+    _add_cost(folder / COST, model, next(iter(missing.values())), seconds, memory.get("peak"))
+
+
+def _is_there(file: Path, job: Job, model: Model) -> bool:
+    """Whether the file holds what the model would draw for the job."""
+    if not file.exists():
+        return False
+    try:
+        record = provenance.read(file)
+    except DataError:  # of another origin, or cut off
+        return False
+    wanted = {name: value for name, value in vars(job).items() if value is not None}  # None is the pipeline's own
+    facts = ("weights", "scheduler", "loras")
+    return (
+        wanted.items() <= record.items()
+        and all(record["model"][name] == model.facts[name] for name in facts)
+        and record["device"].get("precision") == model.device_facts["precision"]
+    )
+
+
+def _add_cost(file: Path, model: Model, job: Job, seconds: Sequence[float], peak: int | None) -> None:
+    """Add what drawing took to what it took before, where that was on the same device with the same settings."""
+    where = {"model": model.facts["sha256"], "steps": job.steps, "guidance": job.guidance, **model.device_facts}
+    before = read_json(file) if file.is_file() else {}
+    if before.get("where") != where:
+        before = {"seconds": [], "memory": None}
+    peaks = [value for value in (before["memory"], peak) if value is not None]
+    times = [*before["seconds"], *(round(value, 4) for value in seconds)]
+    write_json(file, {"where": where, "seconds": times, "memory": max(peaks, default=None)})
+
+
+@contextmanager
+def _peak(device: torch.device) -> Iterator[dict[str, int]]:
+    """What the body takes at most, in bytes, as "peak": of the GPU's memory, or all that the process holds.
+
+    Left out where the system doesn't tell; Linux does.
+    """
+    found: dict[str, int] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found["peak"] = torch.cuda.max_memory_allocated(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (proc(5))
+    yield found
+    if (most := proc("/proc/self/status", "VmHWM")) is not None:
+        found["peak"] = most
+
+
+def cost(folder: Path) -> dict[str, Any] | None:
+    """What drawing the pictures of a folder took; None where nothing was drawn there."""
+    file = folder / COST
+    return read_json(file) if file.is_file() else None

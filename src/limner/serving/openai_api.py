@@ -1,0 +1,193 @@
+"""The image routes of OpenAI's API, for clients written for it."""
+
+from __future__ import annotations
+
+import base64
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Form, Request, Response, UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from limner.serving.access import Client, From
+from limner.serving.answers import Failed, documented
+from limner.serving.schemas import JobRequest, JobView
+from limner.serving.service import Served, Service
+from limner.serving.uploads import from_transparency
+
+JOB = {"X-Limner-Job": {"description": "The job behind it, for /v1/jobs.", "schema": {"type": "string"}}}
+routes = APIRouter(prefix="/v1", tags=["openai"])
+
+
+class GenerationRequest(BaseModel):
+    """OpenAI's request with Limner's settings beside it. Fields of OpenAI's that are not here are without effect."""
+
+    model_config = ConfigDict(
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        json_schema_extra={"examples": [{"prompt": "A golden retriever playing in a field.", "seed": 7, "steps": 20}]},
+    )
+
+    prompt: str
+    """What to draw."""
+    model: str | None = None
+    """One of /v1/models; the first of them when left out."""
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Pictures; one when left out."""
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels; `auto` is the model's own, as without."""
+    response_format: Literal["url", "b64_json"] | None = None
+    """`b64_json` when left out, as OpenAI's newer models answer."""
+    output_format: Literal["png"] | None = None
+    stream: Literal[False] | None = None
+    """Answers come whole; /v1/jobs/{id}/events tells of their progress."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Limner's: seed of the first picture, the next ones count on; drawn by lot when left out."""
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Limner's: denoising steps."""
+    guidance: Annotated[float, Field(ge=1, le=100)] | None = None
+    """Limner's: how strongly the prompt is followed; 1 is off."""
+    negative_prompt: str | None = None
+    """Limner's: what the pictures should not show."""
+    scheduler: str | None = None
+    """Limner's: by its name, as euler_a or dpmpp_2m_karras."""
+
+    def to_job(self, **pictures: Any) -> JobRequest:
+        """The same, as a job; `pictures` are image, mask and strength of an edit."""
+        return JobRequest(
+            **pictures,
+            prompt=self.prompt,
+            negative=self.negative_prompt or "",
+            model=self.model,
+            n=self.n or 1,
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            size=None if self.size == "auto" else self.size,
+            scheduler=self.scheduler,
+        )
+
+
+class EditRequest(GenerationRequest):
+    """The same as a form, with a picture."""
+
+    image: UploadFile
+    """The picture to begin with."""
+    mask: UploadFile | None = None
+    """A picture of its size: see-through, or white where it has no alpha channel, is what is redrawn."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Limner's: share of the steps that are taken from the picture."""
+
+
+class GeneratedImage(BaseModel):
+    """One picture, in one of two ways."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    b64_json: str | None = None
+    """The PNG in base64, with all settings in its metadata."""
+    url: str | None = None
+    """Where the PNG is."""
+    seed: int
+    """Limner's: with which the picture is drawn again."""
+
+
+class Generated(BaseModel):
+    """The pictures, in the order of their seeds."""
+
+    created: int
+    """Seconds since 1970."""
+    data: list[GeneratedImage]
+    output_format: Literal["png"] = "png"
+    size: str
+    """WIDTHxHEIGHT in pixels."""
+
+
+class ModelInfo(BaseModel):
+    """A model that may be named."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "limner"
+
+
+class ModelList(BaseModel):
+    """All models, the one for requests without a name first."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+async def drawn(service: Service, request: JobRequest, client: Client) -> tuple[JobView, list[Path]]:
+    """The job of a request once it is done, and where its pictures lie.
+
+    Raises as `Service.submit` and `Service.ended` do, and Failed where it failed or was cancelled.
+    """
+    job = await run_in_threadpool(service.submit, request, client.owner)
+    job = await service.ended(job.id)
+    if job.state != "done":
+        raise Failed(job)
+    files = [service.file(image.id) for image in job.images]
+    return job, [file for file in files if file is not None]
+
+
+@routes.post(
+    "/images/generations",
+    responses=documented(400, 404, 409, 413, 429, 500) | {200: {"headers": JOB}},
+    response_model_exclude_none=True,
+)
+async def generate(
+    request: GenerationRequest, http: Request, response: Response, service: Served, client: From
+) -> Generated:
+    """Draw, and answer when it is done. A client that goes away leaves its job in the queue."""
+    return await _answer(request, request.to_job(), http, response, service, client)
+
+
+@routes.post(
+    "/images/edits",
+    responses=documented(400, 404, 409, 413, 429, 500) | {200: {"headers": JOB}},
+    response_model_exclude_none=True,
+)
+async def edit(
+    request: Annotated[EditRequest, Form()], http: Request, response: Response, service: Served, client: From
+) -> Generated:
+    """Draw on a picture, and answer when it is done."""
+    image = await request.image.read()
+    pictures = {"image": await run_in_threadpool(service.uploads.add_bytes, image, mask=False)}
+    if request.mask is not None:
+        mask = await run_in_threadpool(from_transparency, await request.mask.read())
+        pictures["mask"] = await run_in_threadpool(service.uploads.add_bytes, mask, mask=True)
+    return await _answer(
+        request, request.to_job(**pictures, strength=request.strength), http, response, service, client
+    )
+
+
+async def _answer(
+    request: GenerationRequest, wanted: JobRequest, http: Request, response: Response, service: Service, client: Client
+) -> Generated:
+    job, files = await drawn(service, wanted, client)
+    response.headers["X-Limner-Job"] = job.id
+    data = []
+    for image, file in zip(job.images, files, strict=True):
+        way: dict[str, Any] = (
+            {"url": str(http.url_for("image", id=image.id))}
+            if request.response_format == "url"
+            else {"b64_json": base64.b64encode(await run_in_threadpool(file.read_bytes)).decode()}
+        )
+        data.append(GeneratedImage(seed=image.seed, **way))
+    return Generated(created=int(time.time()), data=data, size=f"{job.images[0].width}x{job.images[0].height}")
+
+
+@routes.get("/models", responses=documented())
+def models(service: Served) -> ModelList:
+    """The models that this server draws with."""
+    return ModelList(data=[ModelInfo(id=name) for name in service.specs])
+
+
+@routes.get("/models/{model:path}", responses=documented(404))
+def model(model: str, service: Served) -> ModelInfo:
+    """One of them."""
+    return ModelInfo(id=service.model_name(model))

@@ -1,0 +1,111 @@
+"""What goes over the wire at /v1/jobs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from limner.serving.tables import State
+
+EXAMPLE: dict[str, JsonValue] = {"prompt": "A golden retriever playing in a field.", "seed": 7, "steps": 20}
+
+
+class JobRequest(BaseModel):
+    """What to draw: the settings of `limner generate`. What is left out is the model's own."""
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, json_schema_extra={"examples": [EXAMPLE]}
+    )
+
+    prompt: str
+    """What to draw."""
+    negative: str = ""
+    """What the pictures should not show."""
+    model: str | None = None
+    """One of /v1/models; the first of them when left out."""
+    n: Annotated[int, Field(ge=1)] = 1
+    """Pictures; picture i has the seed `seed + i`."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Seed of the first picture; drawn by lot when left out."""
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Denoising steps."""
+    guidance: Annotated[float, Field(ge=1, le=100)] | None = None
+    """How strongly the prompt is followed; 1 is off."""
+    size: str | None = None
+    """Pixels as SIDE or WIDTHxHEIGHT."""
+    scheduler: str | None = None
+    """By its name, as euler_a or dpmpp_2m_karras."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0
+    """How much of guidance's contrast is taken back."""
+    variation: str | None = None
+    """SEED:STRENGTH: turn the noise towards that seed's; it is then that seed that counts on."""
+    image: str | None = None
+    """Picture to begin with, in base64, or the digest that stands in the settings of an earlier job."""
+    mask: str | None = None
+    """Picture that is white where `image` is redrawn, in the same way."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the steps that are taken from `image`."""
+
+
+class ImageView(BaseModel):
+    """A picture that is there."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    url: str
+    """Where the PNG is, at this server; its metadata has every setting."""
+    seed: int
+    width: int
+    height: int
+
+
+class JobView(BaseModel):
+    """A job as it stands."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    number: int
+    """Its place in the order of all jobs; `before` of the list takes it."""
+    state: State
+    place: int | None
+    """How many jobs are before it in the queue, while it is queued."""
+    step: int
+    """Denoising steps done, of all its pictures together."""
+    steps: int
+    """Those to do."""
+    settings: dict[str, Any]
+    """What was asked for, as POST /v1/jobs takes it again; the model and the seed are always named."""
+    images: list[ImageView]
+    """Pictures that are done, in the order of their seeds."""
+    error: str | None
+    """Why it failed."""
+    fault: bool
+    """Whether the server is to blame for that, and not what was asked for."""
+    created: float
+    """Seconds since 1970, as the next two."""
+    started: float | None
+    finished: float | None
+
+
+class JobList(BaseModel):
+    """Jobs, newest first."""
+
+    jobs: list[JobView]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    """The body of every answer from 400 on."""
+
+    error: ErrorBody

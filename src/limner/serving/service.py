@@ -1,0 +1,259 @@
+"""Everything that routes and page do with jobs, without HTTP."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
+
+from limner.config import ServeConfig
+from limner.errors import ConfigError
+from limner.serving.changes import Changes
+from limner.serving.metrics import Metrics
+from limner.serving.schemas import ImageView, JobRequest, JobView
+from limner.serving.shelf import Shelf, read_models
+from limner.serving.store import QueueFull, Store, new_id
+from limner.serving.tables import OPEN, ImageRow, JobRow, State
+from limner.serving.uploads import Uploads
+from limner.serving.worker import POLL, Worker, shape_of, to_draw
+
+log = logging.getLogger("limner.serve")
+
+
+class UnknownModel(ConfigError):
+    """A model that is not on the server's list."""
+
+
+class Draining(Exception):
+    """The server is about to end and accepts no more."""
+
+    def __init__(self, job: str | None = None) -> None:
+        known = f" Job {job} goes on when it is back." if job else ""
+        super().__init__(f"The server is about to end; ask again in a moment.{known}")
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a job: `queued`, `step`, `preview`, `image`, or how it ended."""
+
+    name: str
+    data: dict[str, Any]
+
+
+class Service:
+    """Accepts jobs, tells how they stand, and has them drawn."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Open the store and read what the models say of themselves. Raises UserError."""
+        self.config = config
+        self.specs = read_models(config.models)
+        self.shelf = Shelf(self.specs, config.device, config.memory)
+        self.store = Store(config.out, config.database)
+        self.metrics = Metrics()
+        self.changes = Changes()
+        self.uploads = Uploads(config.out / "uploads", config.max_upload_pixels)
+        self.worker = Worker(config, self.store, self.shelf, self.uploads, self.changes, self.metrics)
+        self.chosen: dict[str, str] = {}
+        """The model that an owner chose for requests that name none, as A1111's clients do."""
+        self.draining = False
+        self.on_drain: list[Callable[[], None]] = []
+        """What else is to end when the server is told to."""
+
+    def start(self) -> None:
+        """Begin to draw what is queued."""
+        self.worker.start()
+
+    def drain(self) -> None:
+        """Accept no more jobs and begin no more."""
+        self.draining = True
+        self.worker.drain()
+        self.changes.tell_all()
+        for end in self.on_drain:
+            end()
+
+    def stop(self) -> None:
+        """Finish what is being drawn, or hand it back after `config.drain` seconds, and let go of everything."""
+        self.drain()
+        self.worker.stop(self.config.drain)
+        self.store.close()
+
+    def submit(self, request: JobRequest, owner: str = "") -> JobView:
+        """Store a job, and only then say so.
+
+        Raises ConfigError or DataError where it can't be drawn, UnknownModel, QueueFull and Draining.
+        """
+        if self.draining:
+            raise Draining
+        model = self.model_name(request.model)
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        request = request.model_copy(update={"model": model, "seed": seed})
+        self._check(request)
+        kept = {
+            name: self.uploads.add(text, mask=name == "mask")
+            for name, text in (("image", request.image), ("mask", request.mask))
+            if text is not None
+        }
+        request = request.model_copy(update=kept)
+        draws = to_draw(self.specs[model], request, self.uploads)
+        self._check_size(draws[0].width, draws[0].height)
+        row = JobRow(
+            id=new_id(),
+            owner=owner,
+            model=model,
+            shape=hashlib.sha256(shape_of(model, draws[0]).encode()).hexdigest(),
+            settings=request.model_dump(),
+            pictures=len(draws),
+            steps=sum(draw.steps_taken for draw in draws),
+            created=time.time(),
+        )
+        limits = {"queue": self.config.queue, "rate": self.config.rate, "open_jobs": self.config.open_jobs}
+        try:
+            self.store.add(row, **limits)
+        except QueueFull:
+            self.metrics.refused.inc()
+            raise
+        self.metrics.accepted.labels(model).inc()
+        prompt = {"prompt": request.prompt} if self.config.log_prompts else {}
+        log.info("job accepted", extra={"job": row.id, "owner": owner, "model": model, **prompt})
+        self.worker.more()
+        return self._view(row, ())
+
+    def model_name(self, name: str | None) -> str:
+        """The model of that name, or the first. Raises UnknownModel."""
+        name = name or next(iter(self.specs))
+        if name not in self.specs:
+            raise UnknownModel(f"There is no model {name[:100]!r} here; there are {', '.join(self.specs)}.")
+        return name
+
+    def _check(self, request: JobRequest) -> None:
+        """Raise ConfigError where more is asked for than is allowed here."""
+        config = self.config
+        for text, what in ((request.prompt, "prompt"), (request.negative, "negative prompt")):
+            if len(text) > config.max_prompt:
+                raise ConfigError(f"The {what} has {len(text)} characters; {config.max_prompt} are allowed here.")
+        for name, asked, most in (("n", request.n, config.max_count), ("steps", request.steps or 1, config.max_steps)):
+            if asked > most:
+                raise ConfigError(f"{name} is {asked}; up to {most} is allowed here.")
+
+    def _check_size(self, width: int | None, height: int | None) -> None:
+        if width and height and width * height > self.config.max_pixels:
+            raise ConfigError(f"{width}x{height} are more than the {self.config.max_pixels} pixels allowed here.")
+
+    def get(self, id_: str, owner: str | None = None) -> JobView | None:
+        """How a job stands, if it is the owner's; anybody's for None."""
+        row = self.store.get(id_, owner)
+        return None if row is None else self._view(row, self.store.images([id_]))
+
+    def listed(
+        self, owner: str | None = None, *, state: State | None = None, before: int | None = None, limit: int = 50
+    ) -> list[JobView]:
+        """The newest jobs, newest first; `before` a job's number for older ones."""
+        rows = self.store.listed(owner=owner, state=state, before=before, limit=limit)
+        images: dict[str, list[ImageRow]] = {}
+        for image in self.store.images([row.id for row in rows]):
+            images.setdefault(image.job, []).append(image)
+        return [self._view(row, images.get(row.id, ())) for row in rows]
+
+    def cancel(self, id_: str, owner: str | None = None) -> JobView | None:
+        """End a job, at once in the queue and within one step while it is drawn; one that has ended stays as it is."""
+        if self.store.get(id_, owner) is None:
+            return None
+        if self.store.cancel(id_, self.worker.step_of(id_)):
+            self.worker.cancel(id_)
+            self.metrics.ended.labels("cancelled").inc()
+            log.info("job ended", extra={"job": id_, "state": "cancelled"})
+            self.changes.tell(id_)
+        return self.get(id_, owner)
+
+    def file(self, image: str, owner: str | None = None) -> Path | None:
+        """Where a picture lies, if it is there and the owner's."""
+        row = self.store.image(image, owner)
+        path = self.config.out / row.file if row else None
+        return path if path and path.is_file() else None
+
+    async def follow(self, id_: str) -> AsyncIterator[Event]:
+        """What happens to a job until it ends, beginning with how it stands now; ends early while draining."""
+        told: dict[str, Any] = {}
+        with self.changes.of(id_, steps=True) as waiter:
+            while (job := await run_in_threadpool(self.get, id_)) is not None:
+                preview = self.worker.preview_of(id_)
+                for event in _news(job, preview, told):
+                    yield event
+                if job.state not in OPEN or self.draining:
+                    return
+                await waiter.wait(POLL)
+
+    async def ended(self, id_: str) -> JobView:
+        """A job once it has ended. Raises Draining where it will not while this server runs."""
+        with self.changes.of(id_, steps=False) as waiter:
+            while True:
+                job = await run_in_threadpool(self.get, id_)
+                assert job is not None
+                if job.state not in OPEN:
+                    return job
+                if self.draining and job.state == "queued":
+                    raise Draining(id_)
+                await waiter.wait(POLL)
+
+    def _view(self, row: JobRow, images: Sequence[ImageRow]) -> JobView:
+        live = self.worker.step_of(row.id) if row.state == "running" else None
+        seed = row.settings["seed"]
+        return JobView(
+            id=row.id,
+            number=row.number,
+            state=row.state,  # type: ignore[arg-type]
+            place=self.store.place(row) if row.state == "queued" else None,
+            step=row.step if live is None else live,
+            steps=row.steps,
+            settings=row.settings,
+            images=[
+                ImageView(id=i.id, url=f"/v1/images/{i.id}", seed=seed + i.number, width=i.width, height=i.height)
+                for i in images
+            ],
+            error=row.error,
+            fault=row.fault,
+            created=row.created,
+            started=row.started,
+            finished=row.finished,
+        )
+
+
+def _of(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+Served = Annotated[Service, Depends(_of)]
+"""The service, as a route takes it."""
+
+
+def _news(job: JobView, preview: bytes | None, told: dict[str, Any]) -> list[Event]:
+    """What of a job was not told yet; `told` is brought up to date."""
+    news = []
+    for name, now in (
+        ("queued", {"place": job.place} if job.state == "queued" else None),
+        ("step", {"step": job.step, "steps": job.steps} if job.state == "running" else None),
+    ):
+        if now is not None and told.get(name) != now:
+            news.append(Event(name, now))
+            told[name] = now
+    if preview is not None and told.get("preview") is not preview:
+        news.append(Event("preview", {"jpeg": base64.b64encode(preview).decode()}))
+        told["preview"] = preview
+    for image in job.images[told.get("images", 0) :]:
+        news.append(Event("image", image.model_dump()))
+    told["images"] = len(job.images)
+    if job.state not in OPEN:
+        news.append(Event(job.state, json.loads(job.model_dump_json())))
+    return news

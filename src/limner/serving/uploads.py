@@ -1,0 +1,113 @@
+"""Pictures that clients send to begin with: bounded before they are decoded, kept under the SHA-256 of their bytes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limner.artifacts import atomic_file
+from limner.errors import DataError
+from limner.generation import sources
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from limner.generation.sources import Source
+
+DIGEST = re.compile("[0-9a-f]{64}")
+HEAD = re.compile(r"data:[\w/+.-]+;base64,")
+
+
+class Uploads:
+    """The folder of what was sent."""
+
+    def __init__(self, folder: Path, most_pixels: int) -> None:
+        self.folder, self.most_pixels = folder, most_pixels
+
+    def add(self, text: str, *, mask: bool) -> str:
+        """Keep a picture that comes in base64, perhaps as a data: URL, or whose digest a client has. -> its digest.
+
+        Raises DataError where it is no picture or is too large.
+        """
+        if DIGEST.fullmatch(text):
+            self._read(text, mask=mask)
+            return text
+        try:
+            data = base64.b64decode(HEAD.sub("", text[:100], count=1) + text[100:], validate=True)
+        except (binascii.Error, ValueError):
+            what = "mask" if mask else "picture"
+            raise DataError(f"The {what} is neither base64 nor the digest of one that was sent before.") from None
+        return self.add_bytes(data, mask=mask)
+
+    def add_bytes(self, data: bytes, *, mask: bool) -> str:
+        """The same, of the bytes of a file."""
+        self._decoded(data, mask=mask)
+        digest = sha256(data).hexdigest()
+        file = self._file(digest)
+        if not file.exists():
+            with atomic_file(file) as partial:
+                partial.write_bytes(data)
+        return digest
+
+    def add_inverted(self, digest: str) -> str:
+        """Keep the mask that redraws what this one keeps. -> its digest."""
+        from PIL import ImageOps
+
+        return self.add_bytes(_png(ImageOps.invert(self.mask(digest).image)), mask=True)
+
+    def picture(self, digest: str) -> Source:
+        """A picture to begin with. Raises DataError where it is not there."""
+        return self._read(digest, mask=False)
+
+    def mask(self, digest: str) -> Source:
+        """A mask. Raises DataError where it is not there."""
+        return self._read(digest, mask=True)
+
+    def _read(self, digest: str, *, mask: bool) -> Source:
+        assert DIGEST.fullmatch(digest)
+        try:
+            data = self._file(digest).read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"There is no picture {digest[:12]}… here; send it again.") from None
+        return self._decoded(data, mask=mask)
+
+    def _decoded(self, data: bytes, *, mask: bool) -> Source:
+        name = sha256(data).hexdigest()
+        decode = sources.mask_of if mask else sources.picture_of
+        return decode(data, name, self.most_pixels)
+
+    def _file(self, digest: str) -> Path:
+        return self.folder / digest[:2] / digest
+
+
+def from_transparency(data: bytes) -> bytes:
+    """OpenAI's mask, which is see-through where to redraw, as ours, which is white there; one without is ours already.
+
+    What is no picture is given back for `Uploads` to refuse.
+    """
+    image = _opened(data)
+    if image is None or not image.has_transparency_data:
+        return data
+    from PIL import ImageOps
+
+    return _png(ImageOps.invert(image.convert("RGBA").getchannel("A")))
+
+
+def _opened(data: bytes) -> Image | None:
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _png(image: Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()

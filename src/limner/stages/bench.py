@@ -1,0 +1,111 @@
+"""limner bench: seconds a picture against how well it fits, over steps, schedulers and precisions."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limner import artifacts
+from limner.config import BenchConfig
+from limner.errors import ModelError
+from limner.generation.jobs import Spec, make_jobs, read_spec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Score = Callable[[Sequence["Image"], Sequence[str]], list[float]]
+"""How good each picture is for its prompt; more is better."""
+OWN = "the model's own"
+
+
+def run(config: BenchConfig, score: Score | None = None) -> Path:
+    """Write `bench.json` and `bench.png` into `config.out`; the model's own CLIP judges without another `score`.
+
+    Raises ConfigError and ModelError.
+    """
+    spec = read_spec(config.model)
+    axis = "score" if score is not None else "cosine of prompt and picture in the model's own CLIP"
+    judge = score or _own_clip(spec)
+    from limner.evaluation import plots
+
+    rows = measure(config, spec, judge)
+    for row in rows:
+        what = f"{row['precision']}, {row['scheduler']}, {row['steps']} steps"
+        print(f"{what}: {row['seconds']:.3f} s a picture, score {row['score']:.4f}")
+    facts = {"model": spec.ref, "score": axis, "prompts": config.prompts, "hardware": artifacts.hardware()}
+    artifacts.write_json(config.out / "bench.json", {**facts, "rows": rows})
+    plots.plot_bench(rows, axis, config.out / "bench.png")
+    return config.out
+
+
+def plan(config: BenchConfig) -> dict[str, Any]:
+    """What `run` would measure."""
+    settings = len(config.steps) * max(len(config.schedulers), 1) * len(config.precisions)
+    return {
+        "model": read_spec(config.model).ref,
+        "settings": settings,
+        "pictures": settings * (len(config.prompts) + 1),
+        "out": config.out,
+    }
+
+
+def measure(config: BenchConfig, spec: Spec, score: Score) -> list[dict[str, Any]]:
+    """Each setting's seconds a picture, a median, and mean score. Raises ConfigError and ModelError.
+
+    The settings of a precision take turns prompt by prompt, so that a busy moment hits all alike.
+    """
+    from limner.generation.model import Model
+
+    rows = []
+    for precision in dict.fromkeys(config.precisions):
+        model = Model(spec, config.device, precision=precision)
+        settings = list(itertools.product(config.schedulers or (None,), config.steps))
+        jobs = {
+            (scheduler, steps): make_jobs(spec, config.prompts, steps=steps, scheduler=scheduler)
+            for scheduler, steps in settings
+        }
+        next(model.draw(jobs[settings[0]][:1]))  # the first picture of a process waits for libraries
+        times: dict[Any, list[float]] = {setting: [] for setting in settings}
+        images: dict[Any, list[Image]] = {setting: [] for setting in settings}
+        for number, setting in itertools.product(range(len(config.prompts)), settings):
+            started = time.perf_counter()
+            picture = next(model.draw([jobs[setting][number]]))
+            times[setting].append(time.perf_counter() - started)
+            images[setting].append(picture.image)
+        rows += [
+            {
+                "precision": model.setup.precision,
+                "scheduler": scheduler or OWN,
+                "steps": steps,
+                "seconds": round(statistics.median(times[scheduler, steps]), 4),
+                "score": round(statistics.fmean(score(images[scheduler, steps], config.prompts)), 5),
+            }
+            for scheduler, steps in settings
+        ]
+    return rows
+
+
+def _own_clip(spec: Spec) -> Score:
+    """Cosines in the CLIP that lies in the model's folder. Raises ModelError where there is none."""
+    if not (spec.folder / "clip").is_dir():
+        raise ModelError(f"{spec.ref} has no clip folder to judge its pictures with; choose a model with one.")
+    import torch
+
+    from limner.data.pictures import centre_box, to_pixels
+    from limner.models import loading
+
+    clip = loading.load_clip(str(spec.folder))
+
+    @torch.no_grad()
+    def score(pictures: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        size = (clip.size, clip.size)
+        pixels = torch.stack([to_pixels(picture, centre_box(picture, size), size) for picture in pictures])
+        images, text = clip.image_features(pixels), clip.text_features(clip.tokenize(prompts))  # (N, E) each
+        cosines: list[float] = (images * text).sum(dim=1).tolist()  # (N,)
+        return cosines
+
+    return score

@@ -1,0 +1,377 @@
+"""`limner serve` as its clients meet it: a process, two clients of others unmodified, and its safety."""
+
+from __future__ import annotations
+
+import base64
+import io
+import signal
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from commands import limner, no_special_rights
+from limner.artifacts import sha256
+from limner.generation import provenance
+from serving import PROMPT, Server, serving
+from tiny import tiny_model
+
+openai = pytest.importorskip("openai")
+webuiapi = pytest.importorskip("webuiapi")
+NOWHERE = "0" * 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model."""
+    return tiny_model(tmp_path_factory.mktemp("serve") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of it."""
+    with serving(tmp_path_factory.mktemp("data") / "served", folder) as running:
+        yield running
+
+
+def generated(folder: Path, out: Path, *options: object) -> list[np.ndarray]:
+    """What `limner generate` draws, by seed."""
+    assert limner("generate", PROMPT, "--model", folder, "--out", out, "--device", "cpu", *options) == 0
+    return [np.asarray(Image.open(file)) for file in sorted(out.glob("*.png"))]
+
+
+def test_a_job_from_begin_to_end(server: Server, tmp_path: Path) -> None:
+    status, job = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "seed": 3, "steps": 4, "n": 2})
+    assert status == 202
+    told = list(server.events(job["id"]))
+    names = [name for name, _ in told]
+    assert names.count("image") == 2
+    assert "preview" in names
+    assert names[-1] == "done"
+    steps = [data["step"] for name, data in told if name == "step"]
+    assert steps == sorted(steps)
+    done = server.call("GET", f"/v1/jobs/{job['id']}")[1]
+    assert (done["state"], done["step"], done["steps"]) == ("done", 8, 8)
+    assert [image["seed"] for image in done["images"]] == [3, 4]
+    file = tmp_path / "picture.png"
+    file.write_bytes(server.call("GET", done["images"][1]["url"])[1])
+    record = provenance.read(file)
+    assert (record["prompt"], record["seed"]) == (PROMPT, 4)
+    assert PROMPT not in server.log.read_text(), "a prompt is nobody's business"
+
+
+def test_openai_s_client_draws_what_generate_draws(server: Server, folder: Path, tmp_path: Path) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    drawn = client.images.generate(
+        model=client.models.list().data[0].id,
+        prompt=PROMPT,
+        n=2,
+        size="16x16",
+        extra_body={"seed": 7, "steps": 3, "guidance": 2.0, "negative_prompt": "A cat."},
+    )
+    wanted = generated(folder, tmp_path, "-n", 2, "--seed", 7, "--steps", 3, "--guidance", 2, "--negative", "A cat.")
+    assert len(drawn.data) == len(wanted) == 2
+    for image, pixels in zip(drawn.data, wanted):
+        assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(image.b64_json))), pixels)
+    by_url = client.images.generate(
+        prompt=PROMPT,
+        response_format="url",
+        extra_body={"seed": 8, "steps": 3, "guidance": 2.0, "negative_prompt": "A cat."},
+    )
+    content = server.call("GET", by_url.data[0].url.removeprefix(server.url))[1]
+    assert np.array_equal(Image.open(io.BytesIO(content)), wanted[1])
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.images.generate(prompt=PROMPT, model="dall-e-3")
+    with pytest.raises(openai.UnprocessableEntityError, match="divisible"):
+        client.images.generate(prompt=PROMPT, size="17x17")
+
+
+def test_webuiapi_draws_what_generate_draws(server: Server, folder: Path, tmp_path: Path) -> None:
+    client = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1")
+    drawn = client.txt2img(prompt=PROMPT, seed=7, steps=3, cfg_scale=2, width=16, height=16, batch_size=2)
+    wanted = generated(folder, tmp_path, "-n", 2, "--seed", 7, "--steps", 3, "--guidance", 2, "--scheduler", "euler_a")
+    assert all(np.array_equal(*both) for both in zip(drawn.images, wanted, strict=True))
+    assert drawn.info["all_seeds"] == [7, 8]
+    assert "Seed: 7" in drawn.info["infotexts"][0]
+    assert client.get_progress()["progress"] == 0
+    assert client.util_get_model_names() == ["tiny"]
+    client.util_set_model("tiny")
+    assert client.util_get_current_model() == "tiny"
+    assert "Euler a" in client.util_get_sampler_names()
+    assert client.interrupt() == {}
+    client.util_wait_for_ready(0.1)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A picture to begin with, and a mask that is white on its left half."""
+    folder = tmp_path_factory.mktemp("begun")
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
+    image.save(folder / "image.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(folder / "mask.png")
+    return folder / "image.png", folder / "mask.png"
+
+
+def see_through(mask: Path) -> bytes:
+    """The mask as OpenAI wants it: see-through where to redraw."""
+    white = Image.open(mask)
+    image = Image.new("RGBA", white.size)
+    image.putalpha(white.point(lambda value: 255 - value))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_others_clients_begin_with_a_picture(
+    server: Server, folder: Path, tmp_path: Path, begun: tuple[Path, Path]
+) -> None:
+    image, mask = begun
+    settings = ("--seed", 5, "--steps", 4, "--guidance", 2)
+    (plain,) = generated(folder, tmp_path / "1", *settings, "--image", image, "--strength", 0.5)
+    (masked,) = generated(folder, tmp_path / "2", *settings, "--image", image, "--mask", mask, "--strength", 0.5)
+    (euler,) = generated(
+        folder, tmp_path / "3", *settings, "--image", image, "--mask", mask, "--strength", 0.5, "--scheduler", "euler"
+    )
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    own = {"seed": 5, "steps": 4, "guidance": 2, "strength": 0.5}
+    drawn = client.images.edit(image=image.open("rb"), prompt=PROMPT, extra_body=own)
+    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(drawn.data[0].b64_json))), plain)
+    drawn = client.images.edit(
+        image=image.open("rb"), mask=("mask.png", see_through(mask)), prompt=PROMPT, extra_body=own
+    )
+    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(drawn.data[0].b64_json))), masked)
+
+    client = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1", sampler="Euler")
+    both = {"seed": 5, "steps": 4, "cfg_scale": 2, "denoising_strength": 0.5, "width": 16, "height": 16}
+    white = Image.open(mask)
+    for kept, invert in ((white, 0), (white.point(lambda value: 255 - value), 1)):
+        given = {"mask_image": kept, "inpainting_mask_invert": invert}
+        assert np.array_equal(client.img2img(images=[Image.open(image)], prompt=PROMPT, **both, **given).image, euler)
+
+    body = {"prompt": PROMPT, **own, "image": base64.b64encode(image.read_bytes()).decode()}
+    first = server.ended(server.call("POST", "/v1/jobs", body)[1]["id"])
+    again = server.ended(server.call("POST", "/v1/jobs", first["settings"])[1]["id"])
+    for job in (first, again):
+        shown = Image.open(io.BytesIO(server.call("GET", job["images"][0]["url"])[1]))
+        assert np.array_equal(shown, plain)
+    assert first["steps"] == 2
+
+
+def test_bad_uploads_are_refused_in_a_sentence(server: Server, begun: tuple[Path, Path]) -> None:
+    good = begun[0].read_bytes()
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    frames = io.BytesIO()
+    Image.new("L", (16, 16)).save(frames, "GIF", save_all=True, append_images=[Image.new("L", (16, 16), 255)])
+    for name, data in {
+        "nothing": b"",
+        "text": b"a picture",
+        "cut off": good[: len(good) // 2],
+        "bomb": bomb.getvalue(),
+        "huge": good[:16] + (2**31 - 1).to_bytes(4, "big") * 2 + good[24:],
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "frames": frames.getvalue(),
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+    }.items():
+        for field in ("image", "mask"):
+            sent = {"image": base64.b64encode(good).decode(), field: base64.b64encode(data).decode()}
+            status, answer = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 2, **sent})
+            assert status == 422, (name, field, answer)
+            assert answer["error"]["message"].endswith("."), name
+    for text in ("0" * 64, "!!!", "../../etc/passwd", "file:///etc/passwd"):
+        assert server.call("POST", "/v1/jobs", {"prompt": PROMPT, "image": text})[0] == 422
+    polyglot = good + b"<script>alert(1)</script>"  # a picture with something behind it is a picture
+    sent = {"prompt": PROMPT, "steps": 2, "image": base64.b64encode(polyglot).decode()}
+    assert server.ended(server.call("POST", "/v1/jobs", sent)[1]["id"])["state"] == "done"
+
+
+def test_cancel_within_a_step_and_the_next_goes_on(server: Server) -> None:
+    long = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 150, "n": 16})[1]["id"]
+    waiting = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 150})[1]["id"]
+    last = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 1})[1]["id"]
+    for name, data in server.events(long):
+        if name == "step" and data["step"] > 3:
+            break
+    assert server.call("DELETE", f"/v1/jobs/{waiting}")[1]["state"] == "cancelled"
+    at = server.call("DELETE", f"/v1/jobs/{long}")[1]
+    assert at["state"] == "cancelled"
+    assert at["step"] < at["steps"]
+    assert server.ended(last)["state"] == "done"
+    assert server.call("DELETE", f"/v1/jobs/{last}")[1]["state"] == "done", "what has ended stays"
+    assert server.call("GET", f"/v1/jobs/{long}")[1] == at
+
+
+def test_what_is_refused(server: Server) -> None:
+    cases: list[tuple[dict[str, Any], int, str]] = [
+        ({"prompt": ""}, 422, "empty"),
+        ({"prompt": "a\0b"}, 422, "null"),
+        ({"prompt": "x" * 5000}, 422, "characters"),
+        ({"prompt": PROMPT, "n": 17}, 422, "up to 16"),
+        ({"prompt": PROMPT, "steps": 151}, 422, "up to 150"),
+        ({"prompt": PROMPT, "size": "2048x2048"}, 422, "pixels"),
+        ({"prompt": PROMPT, "size": "17"}, 422, "divisible"),
+        ({"prompt": PROMPT, "model": "/etc"}, 404, "no model"),
+        ({"prompt": PROMPT, "model": "../tiny"}, 404, "no model"),
+        ({"prompt": PROMPT, "seed": -1}, 422, "seed"),
+        ({"prompt": PROMPT, "wings": 2}, 422, "wings"),
+    ]
+    for body, wanted, words in cases:
+        status, answer = server.call("POST", "/v1/jobs", body)
+        assert status == wanted, (str(body)[:80], answer)
+        assert words in answer["error"]["message"]
+    for path in (f"/v1/jobs/{NOWHERE}", f"/v1/images/{NOWHERE}", "/v1/images/..%2Fjobs.sqlite", "/v1/jobs/%00", "/x"):
+        assert server.call("GET", path)[0] == 404, path
+
+
+def test_a_body_that_is_too_large_is_not_read(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    lines = ("POST /v1/jobs HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 99999999")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall("\r\n".join([*lines, "", "{"]).encode())
+        assert b" 413 " in connection.recv(100)
+
+
+def test_pages_of_other_sites_are_refused(server: Server) -> None:
+    """Neither by their Origin, nor by a name of theirs that leads to this machine."""
+    import http.client
+
+    host, port = server.url.removeprefix("http://").split(":")
+    for headers, status in (
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Host": "evil.example"}, 403),
+        ({"Origin": server.url}, 200),
+        ({"Host": f"localhost:{port}"}, 200),
+    ):
+        connection = http.client.HTTPConnection(host, int(port))
+        connection.request("GET", "/v1/jobs", headers=headers)
+        answer = connection.getresponse()
+        assert answer.status == status, headers
+        assert answer.getheader("access-control-allow-origin") is None
+        connection.close()
+
+
+def test_a_client_that_leaves_its_stream_loses_nothing(server: Server) -> None:
+    job = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 50})[1]["id"]
+    next(server.events(job))
+    assert server.ended(job)["state"] == "done"
+
+
+def test_metrics_count(server: Server) -> None:
+    server.ended(server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 1})[1]["id"])
+    text = server.call("GET", "/metrics")[1].decode()
+    assert 'limner_jobs_ended_total{state="done"}' in text
+    assert 'route="/v1/jobs/{id}"' in text
+
+
+def test_tokens_and_their_limits(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "served"
+    assert limner("serve", folder, "--host", "0.0.0.0", "--port", 0, "--data", data) == 2
+    assert "limner token add" in capfd.readouterr().err
+    tokens = []
+    for name in ("anna", "ben"):
+        assert limner("token", "add", name, "--data", data) == 0
+        tokens.append(capfd.readouterr().out.strip())
+        assert tokens[-1].encode() not in (data / "jobs.sqlite").read_bytes()
+    assert limner("token", "add", "anna", "--data", data) == 2
+    anna, ben = tokens
+    with serving(data, folder, sets=("rate=4", "open_jobs=2"), host="0.0.0.0") as server:
+        assert server.call("GET", "/v1/jobs")[0] == 401
+        assert server.call("GET", "/v1/jobs", token=anna + "x")[0] == 401
+        assert server.call("GET", "/metrics")[0] == 401
+        assert server.call("GET", "/openapi.json")[0] == 401
+        assert server.call("GET", "/healthz")[0] == 200
+        long = {"prompt": PROMPT, "steps": 150, "n": 16}
+        first, second = (server.call("POST", "/v1/jobs", long, anna) for _ in range(2))
+        status, answer = server.call("POST", "/v1/jobs", long, anna)
+        assert status == 429
+        assert "are open" in answer["error"]["message"]
+        assert server.call("GET", f"/v1/jobs/{first[1]['id']}", token=ben)[0] == 404, "it is Anna's"
+        assert server.call("DELETE", f"/v1/jobs/{first[1]['id']}", token=ben)[0] == 404
+        assert server.call("GET", "/v1/jobs", token=ben)[1] == {"jobs": []}
+        for job in (first, second):
+            assert server.call("DELETE", f"/v1/jobs/{job[1]['id']}", token=anna)[0] == 200
+        for _ in range(2):
+            id_ = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 1}, anna)[1]["id"]
+            server.call("DELETE", f"/v1/jobs/{id_}", token=anna)
+        status, answer = server.call("POST", "/v1/jobs", long, anna)
+        assert (status, "within a minute" in answer["error"]["message"]) == (429, True)
+        client = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1", username="anyone", password=ben)
+        assert client.txt2img(prompt=PROMPT, steps=1, cfg_scale=1, width=16, height=16).image.size == (16, 16)
+        assert limner("token", "remove", "ben", "--data", data) == 0
+        assert server.call("GET", "/v1/jobs", token=ben)[0] == 401, "at once"
+    log = server.log.read_text()
+    assert anna not in log
+    assert ben not in log
+
+
+def test_told_to_end_it_finishes_and_hands_the_rest_back(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "served"
+    with serving(data, folder) as server:
+        jobs = [server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 60})[1]["id"] for _ in range(8)]
+        assert server.kill(signal.SIGTERM) in (0, -signal.SIGTERM)
+    with serving(data, folder) as server:
+        assert {server.ended(job)["state"] for job in jobs} == {"done"}
+    attempts = [line["attempt"] for line in server.lines() if line["event"] == "job started"]
+    assert len(attempts) == len(jobs), "none was begun twice"
+
+
+def test_a_drain_that_takes_too_long_hands_the_job_back(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "served"
+    with serving(data, folder, sets=("drain=0",)) as server:
+        job = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 150, "n": 16})[1]["id"]
+        next(server.events(job))
+        server.kill(signal.SIGTERM)
+    assert any(line.get("given_back") == 1 for line in server.lines())
+
+
+def test_a_damaged_database_is_moved_aside(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "served"
+    with serving(data, folder) as server:
+        server.ended(server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 1})[1]["id"])
+        server.kill(signal.SIGTERM)
+    file = data / "jobs.sqlite"
+    file.write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 64)
+    damaged = sha256(file)
+    with serving(data, folder) as server:
+        assert server.call("GET", "/v1/jobs")[1] == {"jobs": []}
+        server.ended(server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 1})[1]["id"])
+    (aside,) = data.glob("jobs.sqlite.damaged-*[0-9]")
+    assert sha256(aside) == damaged
+    assert any("damaged" in line["event"] and line["to"] == str(aside) for line in server.lines())
+
+
+def test_bad_starts_are_one_sentence(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, words in (
+            ((folder, "--port", port), "in use"),
+            ((folder, "--host", "no.such.host.invalid"), "Can't listen"),
+            ((tmp_path / "missing",), "no model folder"),
+            ((folder, folder), "Two models"),
+            ((folder, "--device", "abacus"), "no device"),
+            ((folder, "--set", "database=mysql://x"), "postgresql://"),
+            ((folder, "--set", "database=postgresql://nobody@127.0.0.1:1/x"), "can't be used"),
+        ):
+            assert limner("serve", "--port", 0, "--data", tmp_path / "served", *arguments) == 2, arguments
+            said = capfd.readouterr().err
+            assert words in said, said
+            assert said.count("\n") == 1, said
+    assert limner("serve", folder, "--dry-run") == 0
+    assert "model tiny" in capfd.readouterr().out
+
+
+def test_a_folder_without_rights_is_one_sentence(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for part in (folder, *folder.rglob("*")):
+        part.chmod(part.stat().st_mode | (stat.S_IROTH | (stat.S_IXOTH if part.is_dir() else 0)))
+    with no_special_rights() as place:
+        place.chmod(0o500)
+        assert limner("serve", "builtin", "--port", 0, "--data", place / "served") == 2
+        assert limner("serve", "builtin", "--port", 0, "--data", place) == 2
+    assert capfd.readouterr().err.count("\n") == 2

@@ -1,0 +1,86 @@
+"""Intervals hold the truth as often as they say, and tests find chance where there is only chance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from limner.evaluation.distances import frechet_of, kernel_distance
+from limner.evaluation.intervals import mean_interval, paired_difference, paired_set_difference, set_interval
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_interval_of_a_mean_is_that_of_scipy() -> None:
+    values = normal(200, seed=0).exp()
+    found = mean_interval(values, resamples=4000)
+    theirs = stats.bootstrap(
+        (values.double().numpy(),), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert found.value == pytest.approx(values.double().mean().item())
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.03)
+    assert found.count == 200
+
+
+def test_the_interval_of_a_mean_holds_the_truth_about_as_often_as_it_says() -> None:
+    found = [mean_interval(normal(60, seed=seed), resamples=300, seed=seed) for seed in range(200)]
+    held = sum(interval.low <= 0 <= interval.high for interval in found)
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_the_interval_of_a_distance_is_as_wide_as_distances_of_other_pictures_stray() -> None:
+    pairs = [(normal(100, 4, seed=seed), normal(100, 4, seed=1000 + seed) + 1) for seed in range(60)]
+    strays = np.std([frechet_of(real, fake) for real, fake in pairs])
+    found = set_interval(frechet_of, *pairs[0], resamples=100)
+    assert found.low < found.value < found.high
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(strays, rel=0.4)
+
+
+def test_real_against_real_is_nothing_within_its_interval() -> None:
+    found = [
+        set_interval(kernel_distance, normal(80, 5, seed=seed), normal(80, 5, seed=seed + 500), resamples=50)
+        for seed in range(40)
+    ]
+    assert sum(interval.low <= 0 <= interval.high for interval in found) >= 36
+
+
+def test_a_paired_difference_is_found_where_unpaired_would_not() -> None:
+    prompts = 5 * normal(100, seed=0)
+    better, worse = prompts + 0.4 + 0.5 * normal(100, seed=1), prompts + 0.5 * normal(100, seed=2)
+    found = paired_difference(better, worse)
+    assert found.low > 0
+    assert found.p < 0.01
+    assert found.value == pytest.approx((better - worse).double().mean().item())
+    back = paired_difference(worse, better)
+    assert (back.value, back.low) == pytest.approx((-found.value, -found.high))
+    assert paired_difference(worse, worse).p == 1
+
+
+def test_chance_is_called_significant_as_often_as_it_should() -> None:
+    found = [
+        paired_difference(normal(30, seed=seed), normal(30, seed=seed + 999), resamples=199, seed=seed).p
+        for seed in range(300)
+    ]
+    assert sum(p <= 0.1 for p in found) / 300 == pytest.approx(0.1, abs=0.055)
+
+
+def test_a_difference_of_distances_is_found_on_the_same_prompts() -> None:
+    real, one = normal(80, 4, seed=0), normal(80, 4, seed=1)
+    worse, alike = one + 0.6, one + 0.05 * normal(80, 4, seed=2)
+    found = paired_set_difference(frechet_of, real, worse, one, resamples=60)
+    assert found.low > 0
+    assert found.p < 0.05
+    same = paired_set_difference(frechet_of, real, alike, one, resamples=60)
+    assert same.low < 0 < same.high
+    assert same.p > 0.05
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    values = normal(20, seed=0)
+    assert mean_interval(values) == mean_interval(values)
+    assert mean_interval(values, seed=1) != mean_interval(values)

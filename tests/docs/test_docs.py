@@ -97,11 +97,11 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[StageConfig]:
         "encode",
         "train_unet",
         "assemble",
+        "evaluate",
         "generate",
         "replay",
         "serve",
         "token",
-        "replay",
     ):
         stage: ModuleType | SimpleNamespace = SimpleNamespace(run=configs.append, plan=plan)
         monkeypatch.setitem(sys.modules, f"limner.stages.{name}", stage)

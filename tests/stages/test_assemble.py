@@ -104,7 +104,7 @@ def test_plain_diffusers_loads_it_and_draws(
 
 
 def test_limner_and_diffusers_draw_the_same(model: Path) -> None:
-    ours = package.load(str(model))(PROMPT, seed=7, steps=3, guidance=4.0).images[0]
+    ours = package.load(str(model), precision="fp32")(PROMPT, seed=7, steps=3, guidance=4.0).images[0]
     theirs = draw(DiffusionPipeline.from_pretrained(model))
     assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 1
 
@@ -192,7 +192,7 @@ def plain(parts: dict[str, str], stages: Path) -> Path:
 
 def drawn_by(folder: Path) -> torch.Tensor:
     """What a whole model draws of the grid's captions -> pixels (N, 3, H, W)."""
-    model = package.load(str(folder))
+    model = package.load(str(folder), precision="fp32")
     images = [model(caption, seed=seed).images[0] for seed, caption in enumerate(assemble.CAPTIONS)]
     return torch.stack([torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1) for image in images])
 

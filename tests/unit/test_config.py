@@ -44,6 +44,8 @@ NEEDED: dict[type[StageConfig], dict[str, Any]] = {
     configs.EvaluateConfig: {"models": ("m",), "data": "d", "out": "e"},
     configs.ExportConfig: {"to": "onnx", "out": "e"},
     configs.BenchConfig: {},
+    configs.ServeConfig: {},
+    configs.TokenConfig: {"action": "list"},
     configs.AssembleConfig: {"clip": "c", "vae": "v", "unet": "u", "out": "m"},
 }
 """Values for what has no default, and some others."""
@@ -228,7 +230,8 @@ def test_changeable_settings_exist(cls: type[StageConfig]) -> None:
 def test_every_preset_validates(cls: type[StageConfig] | None, preset: str | None) -> None:
     if cls is None:
         pytest.skip("there is no preset yet")
-    resolve(cls, NEEDED[cls], preset=preset)
+    given = {"model": "m"} if "tune" in PRESETS[cls][preset or ""] else {}  # what is tuned is there already
+    resolve(cls, NEEDED[cls] | given, preset=preset)
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

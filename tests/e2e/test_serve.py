@@ -7,7 +7,6 @@ import io
 import signal
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,10 @@ from commands import limner, no_special_rights
 from limner.artifacts import sha256
 from limner.generation import provenance
 from serving import PROMPT, Server, serving
-from tiny import tiny_model
 
 openai = pytest.importorskip("openai")
 webuiapi = pytest.importorskip("webuiapi")
 NOWHERE = "0" * 32
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("serve") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of it."""
-    with serving(tmp_path_factory.mktemp("data") / "served", folder) as running:
-        yield running
 
 
 def generated(folder: Path, out: Path, *options: object) -> list[np.ndarray]:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import AddedToken
 
 from limner.errors import ConfigError, ModelError
+from limner.models import loading
 
 FILE = "learned_embeds.safetensors"  # as the scripts of Diffusers call it
 IN_A1111 = "emb_params"
@@ -47,14 +48,7 @@ def find(text: str) -> Inversion:
     file = Path(ref) / FILE if (Path(ref) / FILE).is_file() else Path(ref)
     if not file.is_file():
         raise ModelError(f"There is no embedding {ref}; name a safetensors file, or a folder with {FILE}.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-    except (SafetensorError, OSError):
-        raise ModelError(
-            f"The embedding {file} is not a whole safetensors file; fetch it again, and as safetensors, since pickles "
-            "may carry code."
-        ) from None
+    names = loading.tensor_names(file, "embedding")
     if len(names) != 1:
         what = f"{len(names)} tensors ({', '.join(sorted(names)[:3])})" if names else "nothing"
         raise ModelError(f"The embedding {file} holds {what} in place of one; choose one for Stable Diffusion 1 or 2.")

@@ -351,3 +351,17 @@ def _text_part(ref: str) -> str:
     root = resolve(ref)
     own = any(fits(place, "text_encoder") for place in (root, root / "text_encoder"))
     return "text_encoder" if own else "clip"
+
+
+def tensor_names(file: Path, what: str) -> list[str]:
+    """Names of the tensors in a safetensors file. Raises ModelError, which calls it `what`, where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError):
+        raise ModelError(
+            f"The {what} {file} is not a whole safetensors file; fetch it again, and as safetensors, since pickles may "
+            "carry code."
+        ) from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from torch import Tensor, nn
@@ -125,15 +125,7 @@ def find(text: str) -> Lora:
         raise ModelError(f"{ref} holds no {FILE}; name a LoRA's file, or a finished run of train lora.")
     if not file.exists():
         raise ModelError(f"There is no LoRA {ref}; name a safetensors file, or a run of train lora.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-    except (SafetensorError, OSError):
-        raise ModelError(
-            f"The LoRA {file} is not a whole safetensors file; fetch it again, and as safetensors, since pickles may "
-            "carry code."
-        ) from None
-    if not names:
+    if not loading.tensor_names(file, "LoRA"):
         raise ModelError(f"The LoRA {file} is empty; fetch or make it again.")
     return Lora(ref, file, weight)
 

@@ -16,7 +16,7 @@ from limner.generation import provenance
 from limner.serving.access import Client, From
 from limner.serving.answers import documented
 from limner.serving.openai_api import drawn
-from limner.serving.schemas import JobRequest, JobView
+from limner.serving.schemas import REQUEST, JobRequest, JobView
 from limner.serving.service import Served, Service
 
 routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
@@ -36,11 +36,7 @@ class Overrides(BaseModel):
 class Txt2Img(BaseModel):
     """A1111's request. Fields of A1111's that are not here are without effect."""
 
-    model_config = ConfigDict(
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        json_schema_extra={"examples": [{"prompt": "A golden retriever playing in a field.", "seed": 7, "steps": 20}]},
-    )
+    model_config = REQUEST
 
     prompt: str
     negative_prompt: str | None = None

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from limner.serving.access import Client, From
 from limner.serving.answers import Failed, documented
-from limner.serving.schemas import JobRequest, JobView
+from limner.serving.schemas import REQUEST, JobRequest, JobView
 from limner.serving.service import Served, Service
 from limner.serving.uploads import from_transparency
 
@@ -24,11 +24,7 @@ routes = APIRouter(prefix="/v1", tags=["openai"])
 class GenerationRequest(BaseModel):
     """OpenAI's request with Limner's settings beside it. Fields of OpenAI's that are not here are without effect."""
 
-    model_config = ConfigDict(
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        json_schema_extra={"examples": [{"prompt": "A golden retriever playing in a field.", "seed": 7, "steps": 20}]},
-    )
+    model_config = REQUEST
 
     prompt: str
     """What to draw."""

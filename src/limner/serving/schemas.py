@@ -10,13 +10,14 @@ from limner.serving.tables import State
 
 EXAMPLE: dict[str, JsonValue] = {"prompt": "A golden retriever playing in a field.", "seed": 7, "steps": 20}
 
+REQUEST = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, json_schema_extra={"examples": [EXAMPLE]})
+"""Of the models of requests for pictures."""
+
 
 class JobRequest(BaseModel):
     """What to draw: the settings of `limner generate`. What is left out is the model's own."""
 
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, json_schema_extra={"examples": [EXAMPLE]}
-    )
+    model_config = REQUEST | ConfigDict(extra="forbid")
 
     prompt: str
     """What to draw."""

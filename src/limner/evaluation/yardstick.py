@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limner.errors import ConfigError, ModelError
-from limner.evaluation.copies import SIDE
+from limner.evaluation.copies import SIDE, thumbnails
 from limner.evaluation.extractors import FILTER, Extractor, clip_extractor
 from limner.evaluation.features import caption_features
 from limner.evaluation.judge import WEIGHTS, load_judge
@@ -33,7 +33,7 @@ class Thumbnails:
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, size, size) -> (N, 3 size^2)."""
-        return pixels.flatten(1)
+        return thumbnails(pixels, self.size)
 
 
 @dataclass(frozen=True)

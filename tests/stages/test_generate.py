@@ -341,6 +341,23 @@ def test_a_damaged_model_is_refused(
     assert complaint in refusal(capfd, "A dog.", "--model", "./model")
 
 
+def test_the_libraries_add_no_message_of_their_own(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, since Diffusers writes to the standard error that was there when it was imported."""
+    shutil.copytree(folder, tmp_path / "model")
+    _remove(UNET)(tmp_path / "model")
+    done = subprocess.run(
+        [*LIMNER, "A dog.", "--model", str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("limner: The U-Net in ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_full_disk_is_said_and_leaves_no_file(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ them out. Weights are read from safetensors only, and only as classes that are n
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -159,14 +160,14 @@ def parts_in(root: Path) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings and progress bars of Diffusers and Transformers off the terminal."""
+    """Keep messages and progress bars of Diffusers and Transformers off the terminal; what goes wrong they raise too."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     logs = (diffusers_logging, transformers_logging)
     levels = [log.get_verbosity() for log in logs]
     for log in logs:
-        log.set_verbosity_error()
+        log.set_verbosity(logging.CRITICAL)
         log.disable_progress_bar()
     try:
         yield

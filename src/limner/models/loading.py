@@ -160,7 +160,7 @@ def parts_in(root: Path) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep messages and progress bars of Diffusers and Transformers off the terminal; what goes wrong they raise too."""
+    """Keep messages and progress bars of Diffusers and Transformers off the terminal; errors are raised too."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

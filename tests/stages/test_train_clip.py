@@ -308,7 +308,7 @@ def test_a_penalty_for_drift_keeps_token_states_near(clip: Path, data: Path, tmp
     "how",
     [
         {"tune": "lora", "layer_decay": 0.8},
-        {"drift_weight": 0.5, "loss": "sigmoid", "chunk_size": 3, "join": 0.5, "colour": 0.2},
+        {"drift_weight": 0.5, "loss": "sigmoid", "chunk_size": 3, "join": 0.5, "patch_dropout": 0.3},
     ],
     ids=["lora", "drift"],
 )
@@ -454,6 +454,10 @@ def test_a_batch_of_more_than_all_pictures_is_refused(data: Path, tmp_path: Path
     assert (
         len(next(task(settings(data, tmp_path / "r", batch_size=count)).stream.batches(0, 1, count))["owner"]) == count
     )
+
+
+def test_a_siglip_is_shown_all_patches(siglip: Path, data: Path, tmp_path: Path) -> None:
+    refused(settings(data, tmp_path / "r", model=str(siglip), patch_dropout=0.5), ConfigError, "patch_dropout is for a")
 
 
 def test_a_siglip_has_no_map_for_a_unet(siglip: Path, data: Path, tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ class TrainClipConfig(TrainConfig):
     """Most by which brightness, contrast and saturation of a picture are changed, as a share."""
     join: float = Field(default=0.0, ge=0, le=1)
     """Share of the examples whose text is several of the image's captions, one after the other."""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each image's patches that CLIP's image tower is not shown in training: about as much time is saved."""
     drift_weight: float = Field(default=0.0, ge=0)
     """Weight of the penalty that holds token states near those of the text tower that the training began with."""
     result: Literal["last", "best"] = "best"

@@ -40,7 +40,7 @@ class Clip:
         return bool(self.network.config.model_type == "clip")
 
     @property
-    def _pools(self) -> bool:
+    def pools(self) -> bool:
         """Whether features are read at one token, by an attention that `pooling` does as the network would."""
         return self.causal and self.network.config._attn_implementation == "sdpa"
 
@@ -68,18 +68,21 @@ class Clip:
     def text_features(self, ids: Tensor) -> Tensor:
         """Features of unit length of token ids (N, L) -> (N, E)."""
         ids, network = self.trimmed(ids), self.network
-        if self._pools:
+        if self.pools:
             ends = self.mask(ids).sum(dim=1) - 1  # (N,)
             features = network.text_projection(pooling.pooled_text(network.text_model, ids, ends))
         else:
             features = network.get_text_features(ids).pooler_output
         return normalize(features.float(), dim=1)
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Features of unit length of pixels (N, 3, size, size) in [-1, 1] -> (N, E)."""
+    def image_features(self, pixels: Tensor, dropped: float = 0.0) -> Tensor:
+        """Features of unit length of pixels (N, 3, size, size) in [-1, 1] -> (N, E).
+
+        Where features are read at one token, `dropped` is the share of patches that are left out at random.
+        """
         values, network = normalised(pixels, self.normalisation), self.network
-        if self._pools:
-            features = network.visual_projection(pooling.pooled_image(network.vision_model, values))
+        if self.pools:
+            features = network.visual_projection(pooling.pooled_image(network.vision_model, values, dropped))
         else:
             features = network.get_image_features(values).pooler_output
         return normalize(features.float(), dim=1)

@@ -19,11 +19,25 @@ def pooled_text(text_model: Any, ids: Tensor, at: Tensor) -> Tensor:
     return text_model.final_layer_norm(_at(text_model.encoder, states, at, causal=True))
 
 
-def pooled_image(vision_model: Any, values: Tensor) -> Tensor:
-    """The image tower's answer, final norm included, to normalised pixels (N, 3, S, S) at its class token -> (N, W)."""
-    states = vision_model.pre_layrnorm(vision_model.embeddings(values))  # (N, 1 + P, W)
+def pooled_image(vision_model: Any, values: Tensor, dropped: float = 0.0) -> Tensor:
+    """The image tower's answer, final norm included, to normalised pixels (N, 3, S, S) at its class token -> (N, W).
+
+    `dropped` is the share of each picture's patches, drawn at random, that it answers without (Li et al. 2212.00794).
+    """
+    states = vision_model.embeddings(values)  # (N, 1 + P, W)
+    if dropped:
+        states = torch.cat([states[:, :1], _some(states[:, 1:], 1 - dropped)], dim=1)
+    states = vision_model.pre_layrnorm(states)
     first = torch.zeros(len(states), dtype=torch.long, device=states.device)
     return vision_model.post_layernorm(_at(vision_model.encoder, states, first, causal=False))
+
+
+def _some(states: Tensor, share: float) -> Tensor:
+    """A random share of each row's states (N, P, W), one at least -> (N, P', W)."""
+    count, patches, width = states.shape
+    order = torch.rand(count, patches, device=states.device).argsort(dim=1)
+    chosen = order[:, : max(1, round(share * patches)), None]  # (N, P', 1)
+    return states.gather(1, chosen.expand(-1, -1, width))
 
 
 def _at(encoder: Any, states: Tensor, at: Tensor, *, causal: bool) -> Tensor:

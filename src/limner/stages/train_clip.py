@@ -66,6 +66,8 @@ class TrainClip:
         else:
             self.clip = loading.load_clip(config.model)
             self.parents["model"] = loading.identity(config.model, "clip")
+        if config.patch_dropout and not self.clip.pools:
+            raise ConfigError("patch_dropout is for a CLIP whose pictures are read at a class token; leave it out.")
         if config.unet is not None:
             drawable(config.unet, self.clip)
         self.towers = Towers(
@@ -73,6 +75,7 @@ class TrainClip:
             chunk_size=config.chunk_size,
             biased=config.loss == "sigmoid",
             guarded=config.drift_weight > 0,
+            patch_dropout=config.patch_dropout,
         )
         self.network: nn.Module = self.towers
         self.tuning = Tuning(self.clip, config)

@@ -21,7 +21,9 @@ FIRST_BIAS = -10.0  # of the sigmoid loss, where the CLIP has none (Zhai et al. 
 class Towers(nn.Module):
     """Features of captions and pictures, and how far the token states have moved from where they began."""
 
-    def __init__(self, clip: Clip, *, chunk_size: int | None, biased: bool, guarded: bool) -> None:
+    def __init__(
+        self, clip: Clip, *, chunk_size: int | None, biased: bool, guarded: bool, patch_dropout: float = 0.0
+    ) -> None:
         """`biased`: learn a bias for the sigmoid loss; `guarded`: keep a copy of the text tower, to measure drift by.
 
         A bias that a CLIP does not have is no part of the result; another training begins anew with it.
@@ -30,6 +32,7 @@ class Towers(nn.Module):
         self.clip = clip
         self.network = clip.network
         self.chunk_size = chunk_size
+        self.patch_dropout = patch_dropout
         given = getattr(clip.network, "logit_bias", None)
         self.bias = nn.Parameter(torch.tensor(FIRST_BIAS), requires_grad=biased) if given is None else given
         # A SigLIP may come with more than CLIP's 100
@@ -55,7 +58,7 @@ class Towers(nn.Module):
         return text, images, moved, self.network.logit_scale.exp(), self.bias
 
     def _encode(self, ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        text, images = self.clip.text_features(ids), self.clip.image_features(pixels)
+        text, images = self.clip.text_features(ids), self.clip.image_features(pixels, self.patch_dropout)
         if not self.frozen:
             return text, images, text.new_zeros(len(text))
         ids = self.clip.trimmed(ids)

@@ -229,6 +229,26 @@ def test_image_features_are_those_of_transformers(either: dict[str, Clip], kind:
     assert_close(ours.norm(dim=1), torch.ones(3))
 
 
+@torch.no_grad()
+def test_a_share_of_the_patches_is_left_out(clip: Clip) -> None:
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1  # of 2x2 patches
+    assert_close(clip.image_features(pixels, 0.01), clip.image_features(pixels))  # all, in another order
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        before = clip.image_features(pixels, 0.75)
+        counted = []
+        for patch in range(4):
+            other = pixels.clone()
+            other[..., patch // 2 * 8 :, patch % 2 * 8 :][..., :8, :8] *= -1
+            torch.manual_seed(seed)
+            if not torch.equal(clip.image_features(other, 0.75), before):
+                counted.append(patch)
+        assert len(counted) == 1
+        seen |= set(counted)
+    assert seen == {0, 1, 2, 3}
+
+
 @KINDS
 @torch.no_grad()
 def test_features_of_a_network_in_half_the_bytes_are_of_unit_length(either: dict[str, Clip], kind: str) -> None:

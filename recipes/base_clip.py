@@ -1,6 +1,6 @@
 """Train the base of the built-in CLIP on what teachers know of photographs and of captions, none of them in pairs.
 
-python recipes/base_clip.py --data TEACHERS --dataset DATASET --out RUN [--images N] [--set key=value]
+python recipes/base_clip.py --data TEACHERS --dataset DATASET --out RUN [--images N] [--set key=value] [--dry-run]
 
 TEACHERS is the folder that recipes/teachers.py wrote. The image tower learns Lite0's features, of the whole crop and
 of each patch, and the place among sentences that the names of ImageNet's classes give a picture; the text tower learns
@@ -30,7 +30,7 @@ from limner.data.dataset import read_split
 from limner.models import clip as clips
 from limner.models import loading
 from limner.settings import resolve
-from limner.training.loop import run_training
+from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example, Stream
 
 HINTS = (2, 4, 7, 10)  # blocks of the teacher whose answers the first layers of the image tower learn
@@ -370,6 +370,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--images", type=int, default=230_000)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--dry-run", action="store_true", help="print what it would cost, and write nothing")
     given = parser.parse_args()
     defaults = {
         "batch_size": 128,
@@ -384,7 +385,12 @@ def main() -> None:
     }
     sets = [f"{name}={value}" for name, value in defaults.items()] + given.set
     flags = {"data": given.data, "dataset": given.dataset, "out": given.out, "images": given.images}
-    run_training(TrainBaseClip, resolve(BaseClipConfig, flags, sets=sets))
+    config = resolve(BaseClipConfig, flags, sets=sets)
+    if given.dry_run:
+        for name, value in plan_training(TrainBaseClip, config).items():
+            print(f"{name:<10}  {value}")
+    else:
+        run_training(TrainBaseClip, config)
 
 
 if __name__ == "__main__":

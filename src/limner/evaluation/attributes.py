@@ -26,8 +26,8 @@ class Contrast:
 
 
 OBJECTS, PLACES = ("dog", "cat", "child"), ("on the beach", "in the snow", "on the grass")
-COLOURED = ("A person in a {} jacket.", "A {} car on the street.", "A child with a {} ball.")
-COLOURS = ("red", "blue")
+COLOURED = ("A person in a {} jacket.", "A {} car on the street.")
+WORN, COLOURS = "A {} in a {} jacket {}.", ("red", "blue")
 COUNTED = (
     ("One dog runs on the grass.", "Three dogs run on the grass."),
     ("One person stands on the beach.", "Four people stand on the beach."),
@@ -54,6 +54,7 @@ def _contrasts() -> list[Contrast]:
         for one, other in permutations(PLACES, 2)
     ]
     coloured = [[sentence.format(colour) for colour in COLOURS] for sentence in COLOURED]
+    coloured += [[WORN.format(thing, colour, place) for colour in COLOURS] for thing, place in placed]
     colours = [Contrast("colour", one, one, other) for pair in coloured for one, other in permutations(pair)]
     counts = [Contrast("count", one, one, other) for pair in COUNTED for one, other in permutations(pair)]
     negations = [

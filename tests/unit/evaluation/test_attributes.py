@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -22,7 +23,14 @@ def test_contrasts_go_both_ways_and_name_other_captions() -> None:
     pairs = {(c.aspect, c.right, c.wrong) for c in CONTRASTS}
     assert len(pairs) == len(CONTRASTS)
     assert all((aspect, wrong, right) in pairs and right != wrong for aspect, right, wrong in pairs)
-    assert Counter(c.aspect for c in CONTRASTS) == {"object": 18, "place": 18, "colour": 6, "count": 6, "negation": 6}
+    assert Counter(c.aspect for c in CONTRASTS) == {"object": 18, "place": 18, "colour": 22, "count": 6, "negation": 6}
+
+
+def test_dog_cat_and_child_are_asked_for_at_every_place_in_red_and_in_blue() -> None:
+    asked = {contrast.prompt for contrast in CONTRASTS if contrast.aspect == "colour"}
+    for thing, place in product(("dog", "cat", "child"), ("on the beach", "in the snow", "on the grass")):
+        assert f"A {thing} {place}." in PROMPTS
+        assert {f"A {thing} in a {colour} jacket {place}." for colour in ("red", "blue")} <= asked
 
 
 @pytest.mark.parametrize(("sign", "share"), [(1, 1), (-1, 0), (0, 0.5)])

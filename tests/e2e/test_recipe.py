@@ -1,0 +1,53 @@
+"""recipes/builtin at a hundredth of its length, on the real Flickr8k: some minutes, so only where it is asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import limner
+from limner.artifacts import sha256_folder
+from limner.models.loading import BUILTIN
+from trainings import RECIPES
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+ASKED = "LIMNER_RECIPE"
+
+pytestmark = [
+    pytest.mark.skipif(ASKED not in os.environ, reason=f"takes minutes; set {ASKED}=1 to run it"),
+    pytest.mark.skipif(not (DATA / "flickr8k").is_dir(), reason=f"needs Flickr8k and the extra data in {DATA}"),
+]
+
+
+def recipe(folder: Path, *options: str) -> str:
+    """Run the recipe with its runs and data in `folder`. -> what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(RECIPES / "builtin"), *options, str(DATA / "flickr8k"), str(DATA / "extra")],
+        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_rehearsal_makes_a_model_with_its_card_and_ships_nothing_and_the_plan_follows_from_it(tmp_path: Path) -> None:
+    shipped = sha256_folder(BUILTIN)
+    plan = recipe(tmp_path, "--dry-run")
+    made = tmp_path / "runs" / "builtin" / "rehearsal" / "model"
+    assert limner.load(str(made))("A dog on a beach.", steps=1).images[0].width >= 128
+    card = (made / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for heading in ("## Data and licence", "## Trainings", "## Figures", "## Pictures", "## Memorisation"):
+        assert heading in card
+    assert sha256_folder(BUILTIN) == shipped
+    for part in ("teachers.py", "base_clip.py", "train clip", "train vae", "train unet", "encode", "assemble"):
+        assert f"{part} " in plan
+    assert "\nIn all " in plan

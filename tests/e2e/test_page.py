@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from commands import limner
-from serving import PROMPT, Server, serving
+from serving import PROMPT, Queue, Server, serving
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
@@ -26,6 +26,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium h
 PATIENCE = 120_000  # milliseconds, on a busy machine
 SIZES = {"phone": (390, 844), "desk": (1440, 900)}
 LONG = "150"  # steps, so that there is time to see what happens meanwhile
+
+
+@pytest.fixture(scope="module")
+def queue() -> Queue:
+    """One server: what the page does with the queue, the other tests of serving do in both ways."""
+    return Queue(None)
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,10 @@ ICON = (  # a picture in its frame
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#0d9488"/>'
     '<path d="M3 12l3-5 2.5 3.5L10 9l3 3z" fill="white"/></svg>'
 )
+ESCAPE = """() => document.addEventListener('keydown', event => {
+    const closes = event.target.matches('[role=listbox]') || document.querySelector('#gallery .preview')
+    if (event.key === 'Escape' && !closes) document.querySelector('#cancel:enabled')?.click()
+})"""  # the key cancels, but where it closes a list or a large picture
 UPLOADS_LAST = 24 * 3600  # seconds, in the folder of temporary files; what a job begins with is kept with the jobs
 
 
@@ -133,6 +137,7 @@ class Page:
         loaded = self.blocks.load(self._resume, None, followed, **quiet)
         self.blocks.load(self._list, known, listed, **quiet)
         loaded.then(self._list, known, listed, **quiet)
+        self.blocks.load(None, js=ESCAPE)
         drawn = gr.on(
             [controls.begin.click, controls.prompt.submit, controls.seed.submit, controls.negative.submit],
             self._draw,
@@ -144,8 +149,7 @@ class Page:
         )
         drawn.then(self._list, known, listed, **quiet)
         controls.cancel.click(self._cancel, self.job, None, **quiet)
-        by_model = [controls.steps, controls.guidance, controls.size, controls.scheduler]
-        controls.model.input(controls.of_model, controls.model, by_model, **quiet)
+        controls.model.input(controls.of_model, controls.model, controls.by_model, **quiet)
         self.gallery.select(self._pick, self.pictures, [self.picked, self.facts, self.details], **quiet)
         self.again.click(controls.of_picture, self.picked, list(settings), **quiet).then(
             None, js="() => document.querySelector('#prompt textarea').focus()"

@@ -6,6 +6,8 @@ import base64
 import binascii
 import io
 import re
+import time
+from collections.abc import Container
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from limner.generation.sources import Source
 
+FRESH = 3600  # seconds that a picture stays without a job, which may be about to be stored
 DIGEST = re.compile("[0-9a-f]{64}")
 HEAD = re.compile(r"data:[\w/+.-]+;base64,")
 
@@ -36,6 +39,7 @@ class Uploads:
         """
         if DIGEST.fullmatch(text):
             self._read(text, mask=mask)
+            self._file(text).touch()  # it is fresh again
             return text
         try:
             data = base64.b64decode(HEAD.sub("", text[:100], count=1) + text[100:], validate=True)
@@ -49,7 +53,9 @@ class Uploads:
         self._decoded(data, mask=mask)
         digest = sha256(data).hexdigest()
         file = self._file(digest)
-        if not file.exists():
+        if file.exists():
+            file.touch()
+        else:
             with atomic_file(file) as partial:
                 partial.write_bytes(data)
         return digest
@@ -67,6 +73,19 @@ class Uploads:
     def mask(self, digest: str) -> Source:
         """A mask. Raises DataError where it is not there."""
         return self._read(digest, mask=True)
+
+    def size(self) -> int:
+        """Bytes of all."""
+        return sum(file.stat().st_size for file in self._files())
+
+    def remove_others(self, digests: Container[str]) -> None:
+        """Remove what is none of these, and not fresh: of requests that were refused, and of jobs that are gone."""
+        for file in self._files():
+            if file.name not in digests and file.stat().st_mtime < time.time() - FRESH:
+                file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return [file for file in self.folder.glob("??/*") if DIGEST.fullmatch(file.name)]
 
     def _read(self, digest: str, *, mask: bool) -> Source:
         assert DIGEST.fullmatch(digest)

@@ -23,7 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_the_one_used_longest_ago_goes(folders: list[Path]) -> None:
     gib = sum(count_parameters(read_spec(str(folders[0]))).values()) * 4 / 2**30
-    shelf = Shelf(read_models([str(folder) for folder in folders]), "cpu", 2.5 * gib)
+    shelf = Shelf(read_models([str(folder) for folder in folders]), {}, "cpu", 2.5 * gib)
     first = weakref.ref(shelf.get("a"))
     second = shelf.get("b")
     assert shelf.get("a") is first()
@@ -35,7 +35,7 @@ def test_the_one_used_longest_ago_goes(folders: list[Path]) -> None:
 
 
 def test_one_that_is_larger_than_the_limit_is_loaded_alone(folders: list[Path]) -> None:
-    shelf = Shelf(read_models([str(folder) for folder in folders]), "cpu", 1e-9)
+    shelf = Shelf(read_models([str(folder) for folder in folders]), {}, "cpu", 1e-9)
     for name in "ab":
         shelf.get(name)
         assert shelf.loaded == [name]

@@ -65,7 +65,7 @@ def picture(row: JobRow, number: int = 0) -> ImageRow:
 
 def test_first_come_first_served(store: Store) -> None:
     rows = [add(store, job(shape=str(i))) for i in range(3)]
-    assert [store.place(row) for row in rows] == [0, 1, 2]
+    assert [store.places([row.number])[row.number] for row in rows] == [0, 1, 2]
     taken = [store.take("w", pictures=1, lease=LEASE)[0].id for _ in rows]
     assert taken == [row.id for row in rows]
     assert store.take("w", pictures=1, lease=LEASE) == []
@@ -85,7 +85,7 @@ def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: S
     def work(worker: str, own: Store) -> None:
         while jobs := own.take(worker, pictures=2, lease=LEASE):
             taken.extend(row.id for row in jobs)
-            assert all(own.keep(worker, picture(row), step=4, last=True) for row in jobs)
+            assert all(own.keep(worker, picture(row), step=4, last=True) == [] for row in jobs)
         own.close()
 
     threads = [threading.Thread(target=work, args=(f"w{i}", opened())) for i in range(4)]
@@ -103,10 +103,10 @@ def test_a_lease_that_ran_out_is_taken_over_and_the_late_one_changes_nothing(sto
     again = store.take("quick", pictures=1, lease=LEASE)
     assert (again[0].id, again[0].attempts) == (row.id, 2)
     assert store.renew("slow", {row.id: 3}, LEASE) == set()
-    assert not store.keep("slow", picture(row), step=4, last=True)
+    assert store.keep("slow", picture(row), step=4, last=True) is None
     assert not store.fail("slow", row.id, "no", fault=True)
     assert store.renew("quick", {row.id: 3}, LEASE) == {row.id}
-    assert store.keep("quick", picture(row), step=4, last=True)
+    assert store.keep("quick", picture(row), step=4, last=True) == []
     assert not store.cancel(row.id, None)
     ended = store.get(row.id)
     assert ended is not None
@@ -118,7 +118,7 @@ def test_a_cancelled_job_keeps_no_picture(store: Store) -> None:
     row = add(store, job())
     store.take("w", pictures=1, lease=LEASE)
     assert store.cancel(row.id, 2)
-    assert not store.keep("w", picture(row), step=4, last=True)
+    assert store.keep("w", picture(row), step=4, last=True) is None
     assert store.renew("w", {row.id: 3}, LEASE) == set()
     ended = store.get(row.id)
     assert ended is not None
@@ -222,11 +222,11 @@ def test_many_servers_may_begin_at_once(opened: Callable[[], Store]) -> None:
 
 
 def test_ten_thousand_jobs_are_no_hardship(store: Store) -> None:
-    with store._session(write=True) as session:
+    with store.session(write=True) as session:
         session.add_all([job(shape=str(i % 7)) for i in range(10_000)])
     started = time.process_time()
     last = add(store, job(), queue=20_000)
-    assert store.place(last) == 10_000
+    assert store.places([last.number]) == {last.number: 10_000}
     assert len(store.take("w", pictures=8, lease=LEASE)) == 8
     assert len(store.listed(limit=50)) == 50
     assert time.process_time() - started < 1

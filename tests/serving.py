@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -205,10 +205,18 @@ class Queue:
 
     def rows(self, data: Path, query: str) -> list[tuple[Any, ...]]:
         """What the database of a data folder answers."""
+        with self._connected(data) as connection:
+            return list(connection.execute(query).fetchall())
+
+    def change(self, data: Path, statement: str) -> None:
+        """Change something in it."""
+        with self._connected(data) as connection:
+            connection.execute(statement)
+            connection.commit()
+
+    def _connected(self, data: Path) -> AbstractContextManager[Any]:
         if self.postgres is None:
-            with closing(sqlite3.connect(data / "jobs.sqlite")) as database:
-                return database.execute(query).fetchall()
+            return closing(sqlite3.connect(data / "jobs.sqlite"))
         import psycopg
 
-        with psycopg.connect(self._databases[data]) as connection:
-            return connection.execute(query).fetchall()
+        return closing(psycopg.connect(self._databases[data]))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import signal
 import socket
 import stat
+import struct
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from safetensors.torch import save_file
 from commands import limner, no_special_rights
 from limner.artifacts import sha256
 from limner.generation import provenance
+from limner.serving.store import Store
 from serving import PROMPT, Queue, Server
 
 openai = pytest.importorskip("openai")
@@ -236,11 +240,16 @@ def test_bad_uploads_are_refused_in_a_sentence(server: Server, begun: tuple[Path
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
     frames = io.BytesIO()
     Image.new("L", (16, 16)).save(frames, "GIF", save_all=True, append_images=[Image.new("L", (16, 16), 255)])
+    wide = io.BytesIO()  # small enough for Pillow, which only warns of it, and too large for here
+    Image.new("1", (13_000, 13_000)).save(wide, "PNG", transparency=0)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     for name, data in {
         "nothing": b"",
         "text": b"a picture",
         "cut off": good[: len(good) // 2],
+        "see-through and cut off": see_through(begun[1])[:-20],
         "bomb": bomb.getvalue(),
+        "wide": wide.getvalue(),
         "huge": good[:16] + (2**31 - 1).to_bytes(4, "big") * 2 + good[24:],
         "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
         "frames": frames.getvalue(),
@@ -251,6 +260,11 @@ def test_bad_uploads_are_refused_in_a_sentence(server: Server, begun: tuple[Path
             status, answer = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 2, **sent})
             assert status == 422, (name, field, answer)
             assert answer["error"]["message"].endswith("."), name
+            files = {"image": ("a.png", good), field: ("b.png", data)}
+            with pytest.raises(openai.UnprocessableEntityError):
+                client.images.edit(prompt=PROMPT, **files)
+        body = {"prompt": PROMPT, "init_images": [base64.b64encode(data).decode()]}
+        assert server.call("POST", "/sdapi/v1/img2img", body)[0] == 422, name
     for text in ("0" * 64, "!!!", "../../etc/passwd", "file:///etc/passwd"):
         assert server.call("POST", "/v1/jobs", {"prompt": PROMPT, "image": text})[0] == 422
     polyglot = good + b"<script>alert(1)</script>"  # a picture with something behind it is a picture
@@ -323,10 +337,49 @@ def test_pages_of_other_sites_are_refused(server: Server) -> None:
         connection.close()
 
 
-def test_a_client_that_leaves_its_stream_loses_nothing(server: Server) -> None:
-    job = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 50})[1]["id"]
-    next(server.events(job))
+def test_clients_that_leave_in_the_middle_lose_nothing(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+
+    def leave(method: str, path: str, body: dict[str, Any] | None = None) -> None:
+        """Ask, wait for the first bytes of the answer where it is a stream, and hang up without a word."""
+        content = b"" if body is None else json.dumps(body).encode()
+        head = [f"{method} {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall("\r\n".join([*head, f"Content-Length: {len(content)}", "", ""]).encode() + content)
+            if body is None:
+                assert b" 200 " in connection.recv(100)
+            else:
+                time.sleep(0.1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # with a reset
+
+    job = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 50, "n": 2})[1]["id"]
+    for _ in range(20):
+        leave("GET", f"/v1/jobs/{job}/events")
+    leave("POST", "/v1/images/generations", {"prompt": "A cat that nobody waits for.", "steps": 20})
     assert server.ended(job)["state"] == "done"
+    (newest,) = server.call("GET", "/v1/jobs?limit=1")[1]["jobs"]
+    assert newest["settings"]["prompt"] == "A cat that nobody waits for."
+    assert server.ended(newest["id"])["state"] == "done"
+    assert not [line for line in server.lines() if line["level"] == "error"]
+
+
+def test_old_jobs_make_room_for_new_ones(queue: Queue, folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "served"
+    body = {"prompt": PROMPT, "steps": 1}
+    with queue.serving(data, folder) as server:
+        old = [server.ended(server.call("POST", "/v1/jobs", body)[1]["id"]) for _ in range(2)]
+        queue.change(data, "UPDATE jobs SET finished = finished - 3600")
+        new = server.ended(server.call("POST", "/v1/jobs", body)[1]["id"])
+    with queue.serving(data, folder, sets=("disk=1e-6",)) as server:
+        until = time.monotonic() + 60
+        while len(server.call("GET", "/v1/jobs")[1]["jobs"]) > 1:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        assert server.call("GET", new["images"][0]["url"])[0] == 200
+        for job in old:
+            assert server.call("GET", f"/v1/jobs/{job['id']}")[0] == 404
+            assert server.call("GET", job["images"][0]["url"])[0] == 404
+    assert [folder.name for folder in data.glob("pictures/*/*")] == [new["id"]]
 
 
 def test_metrics_count(server: Server) -> None:
@@ -449,4 +502,9 @@ def test_a_folder_without_rights_is_one_sentence(folder: Path, capfd: pytest.Cap
         place.chmod(0o500)
         assert limner("serve", "builtin", "--port", 0, "--data", place / "served") == 2
         assert limner("serve", "builtin", "--port", 0, "--data", place) == 2
-    assert capfd.readouterr().err.count("\n") == 2
+        place.chmod(0o700)
+        Store(place).close()  # of a server that once might write here
+        (place / "jobs.sqlite").chmod(0o400)
+        place.chmod(0o500)
+        assert limner("serve", "builtin", "--port", 0, "--data", place) == 2
+    assert capfd.readouterr().err.count("\n") == 3

@@ -15,7 +15,6 @@ from limner.serving.access import Client, From
 from limner.serving.answers import Failed, documented
 from limner.serving.schemas import REQUEST, BestOf, JobRequest, JobView, Loras
 from limner.serving.service import Served, Service
-from limner.serving.uploads import from_transparency
 
 JOB = {"X-Limner-Job": {"description": "The job behind it, for /v1/jobs.", "schema": {"type": "string"}}}
 routes = APIRouter(prefix="/v1", tags=["openai"])
@@ -166,8 +165,7 @@ async def edit(
     image = await request.image.read()
     pictures = {"image": await run_in_threadpool(service.uploads.add_bytes, image, mask=False)}
     if request.mask is not None:
-        mask = await run_in_threadpool(from_transparency, await request.mask.read())
-        pictures["mask"] = await run_in_threadpool(service.uploads.add_bytes, mask, mask=True)
+        pictures["mask"] = await run_in_threadpool(service.uploads.add_see_through, await request.mask.read())
     return await _answer(
         request, request.to_job(**pictures, strength=request.strength), http, response, service, client
     )

@@ -66,6 +66,17 @@ class Uploads:
 
         return self.add_bytes(_png(ImageOps.invert(self.mask(digest).image)), mask=True)
 
+    def add_see_through(self, data: bytes) -> str:
+        """Keep OpenAI's mask, which is see-through where to redraw, as ours, which is white there; one that is not
+        see-through is ours already. -> its digest. Raises DataError as `add`."""
+        from PIL import Image, ImageOps
+
+        self._decoded(data, mask=False)  # so that it is known to be within bounds, and whole
+        image = Image.open(io.BytesIO(data))
+        if image.has_transparency_data:
+            data = _png(ImageOps.invert(image.convert("RGBA").getchannel("A")))
+        return self.add_bytes(data, mask=True)
+
     def picture(self, digest: str) -> Source:
         """A picture to begin with. Raises DataError where it is not there."""
         return self._read(digest, mask=False)
@@ -102,28 +113,6 @@ class Uploads:
 
     def _file(self, digest: str) -> Path:
         return self.folder / digest[:2] / digest
-
-
-def from_transparency(data: bytes) -> bytes:
-    """OpenAI's mask, which is see-through where to redraw, as ours, which is white there; one without is ours already.
-
-    What is no picture is given back for `Uploads` to refuse.
-    """
-    image = _opened(data)
-    if image is None or not image.has_transparency_data:
-        return data
-    from PIL import ImageOps
-
-    return _png(ImageOps.invert(image.convert("RGBA").getchannel("A")))
-
-
-def _opened(data: bytes) -> Image | None:
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
 
 
 def _png(image: Image) -> bytes:

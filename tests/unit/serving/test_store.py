@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from databases import new_database, postgres
 from limner.errors import ConfigError, RunError
 
 pytest.importorskip("sqlalchemy")
@@ -19,29 +18,6 @@ from limner.serving.tables import ImageRow, JobRow
 from limner.serving.tokens import digest, new_token
 
 LEASE = 60.0
-_names = (f"limner{number}" for number in itertools.count())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A PostgreSQL server."""
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
-    """Opens the same database again and again, as several servers would."""
-    url = new_database(request.getfixturevalue("server"), next(_names)) if request.param == "postgresql" else None
-    return lambda: Store(tmp_path, url)
-
-
-@pytest.fixture
-def store(opened: Callable[[], Store]) -> Iterator[Store]:
-    """An empty queue."""
-    store = opened()
-    yield store
-    store.close()
 
 
 def job(shape: str = "a", owner: str = "", pictures: int = 1, created: float | None = None) -> JobRow:
@@ -58,9 +34,10 @@ def add(store: Store, row: JobRow, *, queue: int = 100, rate: int = 100, open_jo
     return store.add(row, queue=queue, rate=rate, open_jobs=open_jobs)
 
 
-def picture(row: JobRow, number: int = 0) -> ImageRow:
+def picture(row: JobRow, number: int = 0, **facts: Any) -> ImageRow:
     """One of a job."""
-    return ImageRow(id=new_id(), job=row.id, number=number, file=f"{row.id}-{number}.png", width=8, height=8)
+    file = f"{row.id}-{number}.png"
+    return ImageRow(id=new_id(), job=row.id, number=number, file=file, width=8, height=8, **facts)
 
 
 def test_first_come_first_served(store: Store) -> None:
@@ -176,6 +153,34 @@ def test_each_sees_its_own(store: Store) -> None:
         assert (store.get(row.id, owner) is not None) is sees
         assert (store.image(id_, owner) is not None) is sees
         assert bool(store.listed(owner=owner, limit=5)) is sees
+
+
+def test_the_best_stay_when_a_job_ends(store: Store) -> None:
+    row = add(store, job(pictures=4))
+    store.take("w", pictures=4, lease=LEASE)
+    scores = (0.1, 0.3, 0.3, 0.2)
+    for number, score in enumerate(scores[:3]):
+        assert store.keep("w", picture(row, number, score=score), step=number, last=False, best=2) == []
+    gone = store.keep("w", picture(row, 3, score=scores[3]), step=4, last=True, best=2)
+    assert sorted(gone or []) == [f"{row.id}-0.png", f"{row.id}-3.png"]
+    assert [image.number for image in store.images([row.id])] == [1, 2]
+
+
+def test_tables_of_an_earlier_version_get_the_new_columns(opened: Callable[[], Store]) -> None:
+    before = opened()
+    row = add(before, job())
+    with before.engine.begin() as connection:
+        for column in ("bytes", "score"):
+            connection.exec_driver_sql(f"ALTER TABLE images DROP COLUMN {column}")
+        values = (f"'{new_id()}'", f"'{row.id}'", "0", "'a.png'", "8", "8")
+        connection.exec_driver_sql(
+            f"INSERT INTO images (id, job, number, file, width, height) VALUES ({', '.join(values)})"
+        )
+    before.close()
+    after = opened()
+    (image,) = after.images([row.id])
+    assert (image.file, image.bytes, image.score) == ("a.png", 0, None)
+    after.close()
 
 
 def test_pages_of_the_list(store: Store) -> None:

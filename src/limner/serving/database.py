@@ -52,20 +52,25 @@ def _add_new_columns(connection: Connection) -> None:
 
 
 def _sqlite(file: Path) -> Engine:
-    """SQLite as a queue wants it: readers never wait, writers do for each other, and a commit is on the disk."""
+    """SQLite as a queue wants it: readers never wait, writers do for each other, and a commit is on the disk unless it
+    need not be durable."""
     engine = create_engine(f"sqlite:///{file}", connect_args={"timeout": 30, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # pysqlite would begin late and as a reader
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
+        options = connection.get_execution_options()
+        if not options.get("write", True):
+            connection.exec_driver_sql("BEGIN")
+            return
+        connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if options.get('durable', True) else 'NORMAL'}")
         # A reader that becomes a writer fails where another wrote since; so writers say so at once
-        write = connection.get_execution_options().get("write", True)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
 
@@ -75,13 +80,20 @@ def _by_url(url: str) -> Engine:
     if not url.startswith(("postgresql://", "postgres://")):
         raise ConfigError("The database must be postgresql://USER:PASSWORD@HOST/NAME; leave it out for SQLite.")
     try:
-        return create_engine("postgresql+psycopg://" + url.split("://", 1)[1], pool_pre_ping=True, pool_size=20)
+        engine = create_engine("postgresql+psycopg://" + url.split("://", 1)[1], pool_pre_ping=True, pool_size=20)
     except ModuleNotFoundError:
         raise ConfigError("PostgreSQL needs psycopg; install with: pip install 'limner[postgres]'.") from None
     except (ArgumentError, ValueError):
         raise ConfigError(
             "The URL of the database can't be read; write postgresql://USER:PASSWORD@HOST/NAME."
         ) from None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        if not connection.get_execution_options().get("durable", True):
+            connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
+
+    return engine
 
 
 def _move_damaged(file: Path) -> Path | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -63,11 +63,12 @@ class Keeper:
 
     def begin(self, pictures: Sequence[tuple[Held, int, Picture]]) -> None:
         """Keep pictures, each with its job and its number there, once those before them are. Raises as `settle`."""
-        self._next(self._keep_all, pictures)
+        self.settle()  # so that no more than one batch waits, and what went wrong is heard
+        self._last = self._thread.submit(self._keep_all, pictures)
 
     def then(self, act: Callable[[], None]) -> None:
-        """Do something when all before it is kept. Raises as `settle`."""
-        self._next(act)
+        """Do something when all before it is kept."""
+        self._thread.submit(act)
 
     def settle(self) -> None:
         """Wait until all is kept. Raises CannotKeep or SQLAlchemyError where that failed."""
@@ -84,10 +85,6 @@ class Keeper:
         held.wanted = False
         if self._store.fail(self._worker, held.row.id, error, fault=fault):
             self._ended_as(held, "failed")
-
-    def _next(self, act: Callable[..., None], *arguments: Any) -> None:
-        self.settle()  # so that no more than one batch waits, and what went wrong is heard
-        self._last = self._thread.submit(act, *arguments)
 
     def _keep_all(self, pictures: Sequence[tuple[Held, int, Picture]]) -> None:
         for held, number, picture in pictures:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,20 @@ class Store:
         """Open the database, or make it. Raises ConfigError where there is no right to, or for a bad URL."""
         self.engine, self.aside = opened(folder, url)
         """`aside` is where a damaged database was moved to, if there was one."""
+        # SQLite has one writer at a time, and those that wait would look again only now and then
+        self._turn: AbstractContextManager[Any] = (
+            threading.Lock() if self.engine.dialect.name == "sqlite" else nullcontext()
+        )
 
     @contextmanager
-    def session(self, *, write: bool) -> Iterator[Session]:
-        with Session(self.engine.execution_options(write=write), expire_on_commit=False) as session, session.begin():
+    def session(self, *, write: bool, durable: bool = True) -> Iterator[Session]:
+        """A transaction. One that is not durable outlives the server, but may be lost when the machine dies."""
+        options = {"write": write, "durable": durable}
+        with (
+            self._turn if write else nullcontext(),
+            Session(self.engine.execution_options(**options), expire_on_commit=False) as session,
+            session.begin(),
+        ):
             yield session
 
     def close(self) -> None:
@@ -173,7 +184,7 @@ class Store:
         """The job that is next, and further ones of its shape with up to `pictures` pictures in all, for `lease`
         seconds."""
         now = time.time()
-        with self.session(write=True) as session:
+        with self.session(write=True, durable=False) as session:
 
             def next_of(*where: Any, limit: int = 1) -> Sequence[JobRow]:
                 wanted = select(JobRow).where(*where).order_by(JobRow.number).limit(limit)
@@ -198,7 +209,7 @@ class Store:
         """Renew the leases of jobs and note their steps; tell which of them the worker still holds."""
         if not steps:
             return set()
-        with self.session(write=True) as session:
+        with self.session(write=True, durable=False) as session:
             held = (JobRow.worker == worker, JobRow.state == "running", JobRow.id.in_(steps))
             values = {"lease": time.time() + lease, "step": case(steps, value=JobRow.id, else_=JobRow.step)}
             session.execute(update(JobRow).where(*held).values(**values))
@@ -234,14 +245,14 @@ class Store:
 
     def give_back(self, worker: str) -> int:
         """Put all jobs that the worker holds back into the queue, without blame; tell how many."""
-        with self.session(write=True) as session:
+        with self.session(write=True, durable=False) as session:
             values = {"state": "queued", "worker": None, "lease": None, "attempts": JobRow.attempts - 1}
             done = session.execute(update(JobRow).where(*_held(worker)).values(**values))
             return _count(done)
 
     def expire_dead(self, me: str) -> None:
         """End the leases of workers of this machine that are no more, so that nobody has to wait for that."""
-        with self.session(write=True) as session:
+        with self.session(write=True, durable=False) as session:
             running = select(JobRow.worker).where(JobRow.state == "running", JobRow.worker.is_not(None)).distinct()
             dead = [worker for worker in session.scalars(running) if worker and _is_dead(worker, me)]
             session.execute(update(JobRow).where(JobRow.worker.in_(dead), JobRow.state == "running").values(lease=0))

@@ -1,22 +1,26 @@
-"""A real server in a process of its own, of a tiny model, which tests may kill."""
+"""Real servers in processes of their own, of a tiny model, which tests may kill; alone, or two that share a queue."""
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
+import sqlite3
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from databases import new_database
 
 READY = 120  # seconds that a start may take on a busy machine
 PROMPT = "A golden retriever playing in a field."
@@ -118,6 +122,34 @@ class Server:
         return [line for text in texts if isinstance(line := _parsed(text.encode()), dict)]
 
 
+class Pair(Server):
+    """Two servers that share a data folder and a database; each request goes to the one or the other, in turn."""
+
+    def __init__(self, data: Path, *models: object, sets: tuple[str, ...], host: str = "127.0.0.1") -> None:
+        super().__init__(data, *models, sets=sets, host=host)
+        self.other = Server(data, *models, sets=sets, host=host)
+        self._turns = itertools.cycle([super().call, self.other.call])
+
+    def ready(self) -> Pair:
+        """Wait until both draw."""
+        until = time.monotonic() + READY
+        for call in (super().call, self.other.call):
+            while call("GET", "/readyz")[0] != 200:
+                assert time.monotonic() < until, self.log.read_text() + self.other.log.read_text()
+                time.sleep(0.05)
+        return self
+
+    def call(self, method: str, path: str, body: Any = None, token: str | None = None) -> tuple[int, Any]:
+        return next(self._turns)(method, path, body, token)
+
+    def kill(self, how: int = signal.SIGKILL) -> int | None:
+        """End both, the second a moment later. -> the exit code of the first."""
+        code = super().kill(how) if self.process.is_alive() else self.process.exitcode
+        if self.other.process.is_alive():
+            self.other.kill(how)
+        return code
+
+
 def _parsed(content: bytes) -> Any:
     try:
         return json.loads(content)
@@ -128,9 +160,63 @@ def _parsed(content: bytes) -> Any:
 @contextmanager
 def serving(data: Path, *models: object, sets: tuple[str, ...] = (), host: str = "127.0.0.1") -> Iterator[Server]:
     """A server that is ready, and killed at the end."""
-    server = Server(data, *models, sets=sets, host=host)
-    try:
+    with _ending(Server(data, *models, sets=sets, host=host)) as server:
         yield server.ready()
+
+
+@contextmanager
+def _ending(server: Server) -> Iterator[Server]:
+    try:
+        yield server
     finally:
-        if server.process.is_alive():
+        if server.process.is_alive() or (isinstance(server, Pair) and server.other.process.is_alive()):
             server.kill()
+
+
+class Queue:
+    """How the tests of this run keep their queues: one server with SQLite, or two that share a PostgreSQL."""
+
+    def __init__(self, postgres: str | None) -> None:
+        """`postgres` is the URL of a PostgreSQL server."""
+        self.postgres = postgres
+        self._names = (f"limner{number}" for number in itertools.count())
+        self._databases: dict[Path, str] = {}
+
+    def sets(self, data: Path) -> tuple[str, ...]:
+        """Settings by which servers, and `limner token`, find the queue that belongs to a data folder."""
+        if self.postgres is None:
+            return ()
+        if data not in self._databases:
+            self._databases[data] = new_database(self.postgres, next(self._names))
+        return (f"database={self._databases[data]}",)
+
+    def begin(self, data: Path, *models: object, sets: tuple[str, ...] = (), host: str = "127.0.0.1") -> Server:
+        """The servers, which listen but need not be ready."""
+        kind = Server if self.postgres is None else Pair
+        return kind(data, *models, sets=(*sets, *self.sets(data)), host=host)
+
+    @contextmanager
+    def serving(
+        self, data: Path, *models: object, sets: tuple[str, ...] = (), host: str = "127.0.0.1"
+    ) -> Iterator[Server]:
+        """The servers, which are ready, and killed at the end."""
+        with _ending(self.begin(data, *models, sets=sets, host=host)) as server:
+            yield server.ready()
+
+    def rows(self, data: Path, query: str) -> list[tuple[Any, ...]]:
+        """What the database of a data folder answers."""
+        with self._connected(data) as connection:
+            return list(connection.execute(query).fetchall())
+
+    def change(self, data: Path, statement: str) -> None:
+        """Change something in it."""
+        with self._connected(data) as connection:
+            connection.execute(statement)
+            connection.commit()
+
+    def _connected(self, data: Path) -> AbstractContextManager[Any]:
+        if self.postgres is None:
+            return closing(sqlite3.connect(data / "jobs.sqlite"))
+        import psycopg
+
+        return closing(psycopg.connect(self._databases[data]))

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from commands import limner
-from serving import PROMPT, Server, serving
+from serving import PROMPT, Queue, Server, serving
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
@@ -26,6 +26,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium h
 PATIENCE = 120_000  # milliseconds, on a busy machine
 SIZES = {"phone": (390, 844), "desk": (1440, 900)}
 LONG = "150"  # steps, so that there is time to see what happens meanwhile
+
+
+@pytest.fixture(scope="module")
+def queue() -> Queue:
+    """One server: what the page does with the queue, the other tests of serving do in both ways."""
+    return Queue(None)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,70 @@ def test_a_newcomer_draws_and_draws_again(server: Server, browser: Any, size: st
         again = page.locator("#easel figure img").get_attribute("src")
         assert again != drawn
         assert np.array_equal(pixels(server, again), pixels(server, drawn))
+
+
+def test_the_best_of_several_with_a_lora_and_the_model_s_report(server: Server, browser: Any) -> None:
+    with opened(browser, server) as page:
+        page.get_by_text("More settings").click()
+        page.locator("#loras input").fill("wild:0.5")
+        page.locator("#loras input").press("Enter")
+        draw(page, Pictures="2", Seed="3", **{"Best of": "4"})
+        status(page, "done")
+        job = server.call("GET", "/v1/jobs?limit=1")[1]["jobs"][0]
+        assert (job["settings"]["best_of"], job["settings"]["loras"]) == (4, ["wild:0.5"])
+        best = [f"seed {image['seed']}" for image in job["images"]]
+        assert page.locator("#easel figcaption").all_inner_texts() == best
+        first = page.locator("#easel figure img").first.get_attribute("src")
+
+        page.wait_for_selector("#gallery img")
+        page.locator("#gallery .thumbnail-item img").first.click()
+        assert "LoRA wild:0.5" in " ".join(page.locator("#facts").inner_text().split())
+        page.locator("#again").click()
+        page.wait_for_function("document.querySelector('#loras').innerText.includes('wild:0.5')")
+        page.locator("#draw").click()
+        page.wait_for_function("document.querySelectorAll('#easel figure').length === 1")
+        status(page, "done")
+        again = page.locator("#easel figure img").get_attribute("src")
+        assert np.array_equal(pixels(server, again), pixels(server, first)), "alone it is the same"
+
+        with page.expect_popup() as popup:
+            page.get_by_text("How good tiny is").click()
+        popup.value.wait_for_load_state()
+        assert "draws like a tiny model" in popup.value.inner_text("body")
+
+
+def test_everything_goes_by_keyboard(server: Server, browser: Any) -> None:
+    with opened(browser, server) as page:
+        keys = page.keyboard
+
+        def tab_to(selector: str) -> None:
+            for _ in range(60):
+                if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+                    return
+                keys.press("Tab")
+            raise AssertionError(f"Tab never comes to {selector}")
+
+        page.wait_for_function("document.activeElement.matches('#prompt textarea')")
+        keys.press("Control+a")
+        keys.type("A dog by keyboard.")
+        tab_to("#seed input, #seed textarea")
+        keys.type("9")
+        keys.press("Enter")
+        status(page, "done")
+        page.wait_for_selector("#gallery img[alt='A dog by keyboard.']")
+        tab_to("#gallery .thumbnail-item")
+        keys.press("Enter")
+        page.wait_for_selector("#facts .prompt:has-text('A dog by keyboard.')")
+        tab_to("#again")
+        keys.press("Enter")
+        page.wait_for_function("document.activeElement.matches('#prompt textarea')")
+        assert page.locator("#seed input, #seed textarea").input_value() == "9"
+    long = server.call("POST", "/v1/jobs", {"prompt": "A long walk.", "steps": 150, "n": 16})[1]["id"]
+    with opened(browser, server) as page:
+        status(page, "running")
+        page.keyboard.press("Escape")
+        assert status(page, "cancelled") == "Cancelled."
+    assert server.ended(long)["state"] == "cancelled"
 
 
 def test_a_long_job_is_cancelled(server: Server, browser: Any) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import random
-import sqlite3
 import sys
 import tempfile
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from serving import PROMPT, Server, serving
+from serving import PROMPT, Queue, Server
 from tiny import tiny_model
 
 PATIENT = ("attempts=1000",)  # the kills come from outside, however often they hit the same job
@@ -51,35 +50,35 @@ def load(server: Server, clients: int, seconds: float, rng: random.Random) -> li
     return accepted
 
 
-def kill_under_load(folder: Path, rounds: int, clients: int, rng: random.Random) -> int:
+def kill_under_load(queue: Queue, folder: Path, rounds: int, clients: int, rng: random.Random) -> int:
     """Assert what the module says, for so many kills of servers that share a data folder. -> the jobs accepted."""
     model = tiny_model(folder / "tiny")
     data = folder / "served"
     accepted: list[str] = []
     for number in range(rounds):
         # Sometimes before the model is loaded, so that a start in the middle of things is killed too
-        server = Server(data, model, sets=PATIENT)
+        server = queue.begin(data, model, sets=PATIENT)
         if rng.random() < 0.8:
             server.ready()
         accepted += load(server, clients, rng.uniform(0, 1.5), rng)
         print(f"kill {number + 1}: {len(accepted)} jobs accepted so far", flush=True)
-    with serving(data, model, sets=PATIENT) as last:
+    with queue.serving(data, model, sets=PATIENT) as last:
         for job in accepted:
             ended = last.ended(job, 600)
             assert ended["state"] == "done", ended
             assert len(ended["images"]) == ended["settings"]["n"]
             assert all((last.call("GET", image["url"])[0]) == 200 for image in ended["images"])
-    check_once(data, accepted, last)
+    check_once(queue, data, accepted, last)
     return len(accepted)
 
 
-def check_once(data: Path, accepted: list[str], server: Server) -> None:
+def check_once(queue: Queue, data: Path, accepted: list[str], server: Server) -> None:
     """None lost, none twice, the database sound, and no file that nobody knows."""
-    with sqlite3.connect(data / "jobs.sqlite") as database:
-        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        states = dict(database.execute("SELECT id, state FROM jobs"))
-        files = [file for (file,) in database.execute("SELECT file FROM images")]
-        twice = database.execute("SELECT job, number FROM images GROUP BY job, number HAVING count(*) > 1").fetchall()
+    if queue.postgres is None:
+        assert queue.rows(data, "PRAGMA integrity_check") == [("ok",)]
+    states = dict(queue.rows(data, "SELECT id, state FROM jobs"))
+    files = [file for (file,) in queue.rows(data, "SELECT file FROM images")]
+    twice = queue.rows(data, "SELECT job, number FROM images GROUP BY job, number HAVING count(*) > 1")
     assert set(accepted) <= states.keys()
     assert twice == []
     assert len(files) == len(set(files))
@@ -92,10 +91,12 @@ def check_once(data: Path, accepted: list[str], server: Server) -> None:
     assert max(ends.values()) == 1
 
 
-def test_killed_under_load_every_accepted_job_ends_once(tmp_path: Path) -> None:
-    assert kill_under_load(tmp_path, rounds=3, clients=8, rng=random.Random(0)) > 0
+def test_killed_under_load_every_accepted_job_ends_once(queue: Queue, tmp_path: Path) -> None:
+    assert kill_under_load(queue, tmp_path, rounds=3, clients=8, rng=random.Random(0)) > 0
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        print(f"{kill_under_load(Path(place), int(sys.argv[1]), 20, random.Random())} jobs, each ended once")
+        print(
+            f"{kill_under_load(Queue(None), Path(place), int(sys.argv[1]), 20, random.Random())} jobs, each ended once"
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from serving import serving
+from serving import Queue
 from tiny import tiny_model
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -36,10 +36,9 @@ LIMITS = ("max_pixels=1024", "max_steps=4", "max_count=2")  # so that what is ac
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(queue: Queue, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of a tiny model."""
-    folder = tmp_path_factory.mktemp("schema")
-    with serving(folder / "served", tiny_model(folder / "tiny"), sets=LIMITS) as server:
+    with queue.serving(tmp_path_factory.mktemp("schema") / "served", folder, sets=LIMITS) as server:
         yield server.url
 
 
@@ -76,5 +75,5 @@ def test_answers_are_as_documented(url: str) -> None:
 
 if __name__ == "__main__":
     place = Path(tempfile.mkdtemp())
-    with serving(place / "served", tiny_model(place / "tiny"), sets=LIMITS) as running:
+    with Queue(None).serving(place / "served", tiny_model(place / "tiny"), sets=LIMITS) as running:
         print(f"{send(running.url, int(sys.argv[1]))} cases")

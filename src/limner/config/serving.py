@@ -28,6 +28,12 @@ class ServeConfig(StageConfig):
     database: str | None = None
     """URL of a PostgreSQL database for the queue, postgresql://USER:PASSWORD@HOST/NAME; SQLite in the folder without
     it."""
+    loras: Annotated[tuple[str, ...], Flag(("--lora",))] = ()
+    """LoRA that requests may name, by the name of its file or run, as FILE or FILE:WEIGHT; may be repeated."""
+    reports: dict[str, Path] = Field(default={})
+    """Pages that `limner evaluate` wrote, by the name of the model; without it report.html in the model's folder."""
+    disk: PositiveFloat = 20
+    """GiB that pictures, and what they began with, may take; above it the jobs that ended longest ago are removed."""
     batch_size: PositiveInt = 8
     """Pictures drawn at once on a GPU, of one or several jobs of the same shape."""
     memory: PositiveFloat | None = None

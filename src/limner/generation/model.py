@@ -195,9 +195,13 @@ class Model:
         ranking.check(self.spec, n, of)
         pictures = iter(pictures)
         while drawn := list(itertools.islice(pictures, of)):
-            scores = [self.ranker.score(picture.record["prompt"], picture.image) for picture in drawn]
-            for i in sorted(range(len(drawn)), key=lambda i: -scores[i])[:n]:  # of equal ones the first
-                yield replace(drawn[i], record={**drawn[i].record, "best_of": of, "score": scores[i]})
+            scored = [self.scored(picture, of) for picture in drawn]
+            yield from sorted(scored, key=lambda picture: -picture.record["score"])[:n]  # of equal ones the first
+
+    def scored(self, picture: Picture, of: int) -> Picture:
+        """The picture, whose record says how well it fits its prompt and of how many it is one. Raises ModelError."""
+        score = self.ranker.score(picture.record["prompt"], picture.image)
+        return replace(picture, record={**picture.record, "best_of": of, "score": score})
 
     @functools.cached_property
     def ranker(self) -> ranking.Ranker:

@@ -29,8 +29,8 @@ from limner.models import vae as vaes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-OnPreview = Callable[[Job, "Image"], None]
-"""Called after each step with what a picture is going to look like, roughly."""
+OnPreview = Callable[[Job, Callable[[], "Image"]], None]
+"""Called after each step with what makes a picture of how the job is going to look, roughly; only then valid."""
 
 PROMPTS_KEPT = 64  # whose token states are not computed again: half a megabyte each for Stable Diffusion
 
@@ -124,8 +124,8 @@ class LatentDiffusion:
 
         def preview(x0: Tensor) -> None:
             assert on_preview is not None
-            for job, image in zip(jobs, to_images(self.preview(x0))):
-                on_preview(job, image.resize(size[::-1]))
+            for job, latents in zip(jobs, x0.split(1)):
+                on_preview(job, functools.partial(self._previewed, latents, size))
 
         states, negative_states = self._states(jobs)  # (N, L, D) each
         pixels = draw(
@@ -145,6 +145,10 @@ class LatentDiffusion:
             on_x0=on_preview and preview,
         )  # (N, 3, H, W)
         return to_images(pixels)
+
+    def _previewed(self, latents: Tensor, size: tuple[int, int]) -> Image:
+        """The preview of one picture (1, C, h, w), at its height and width."""
+        return to_images(self.preview(latents))[0].resize(size[::-1])
 
     @functools.cached_property
     def preview(self) -> Callable[[Tensor], Tensor]:

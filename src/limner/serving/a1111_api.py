@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,10 @@ def _lot(seed: Any) -> Any:
     return None if seed == -1 else seed
 
 
+ADDED = re.compile(r"\s*<lora:([^<>:]+):?([^<>]*)>")
+"""How A1111's clients ask for a LoRA, in the prompt."""
+
+
 class Overrides(BaseModel):
     """Settings for one request."""
 
@@ -39,6 +44,7 @@ class Txt2Img(BaseModel):
     model_config = REQUEST
 
     prompt: str
+    """<lora:NAME:WEIGHT> in it draws with that LoRA."""
     negative_prompt: str | None = None
     seed: Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(_lot)] = None
     """-1 or nothing draws one by lot."""
@@ -59,19 +65,20 @@ class Txt2Img(BaseModel):
 
     def to_job(self, **pictures: Any) -> JobRequest:
         """The same, as a job; `pictures` are image, mask and strength."""
-        both = self.width and self.height
+        sized = self.width and self.height
         sampler = self.sampler_name or self.sampler_index or None
         karras = (self.scheduler or "").lower() == "karras"
         return JobRequest(
             **pictures,
-            prompt=self.prompt,
+            prompt=ADDED.sub("", self.prompt),
+            loras=tuple(":".join(filter(None, both)) for both in ADDED.findall(self.prompt)),
             negative=self.negative_prompt or "",
             model=self.override_settings.sd_model_checkpoint,
             n=self.batch_size * self.n_iter,
             seed=self.seed,
             steps=self.steps,
             guidance=self.cfg_scale,
-            size=f"{self.width}x{self.height}" if both else None,
+            size=f"{self.width}x{self.height}" if sized else None,
             scheduler=f"{sampler} Karras" if sampler and karras else sampler,
         )
 
@@ -130,6 +137,15 @@ class Named(BaseModel):
     name: str
     aliases: list[str]
     options: dict[str, str]
+
+
+class Added(BaseModel):
+    """A LoRA."""
+
+    name: str
+    alias: str
+    path: str
+    metadata: dict[str, str]
 
 
 class SdModel(BaseModel):
@@ -243,3 +259,9 @@ def samplers(service: Served, client: From) -> list[Named]:
 def sd_models(service: Served) -> list[SdModel]:
     """The models that a request may name in override_settings."""
     return [SdModel(title=name, model_name=name, filename=name) for name in service.specs]
+
+
+@routes.get("/loras", responses=documented())
+def loras(service: Served) -> list[Added]:
+    """The LoRAs that a prompt may name."""
+    return [Added(name=name, alias=name, path=name, metadata={}) for name in service.shelf.loras]

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner import __version__
-from limner.serving import a1111_api, jobs_api, openai_api
+from limner.serving import a1111_api, door, jobs_api, openai_api
 from limner.serving.access import BEARER, Gate, is_this_machine
 from limner.serving.answers import answer_errors, documented
 from limner.serving.metrics import Metrics
@@ -27,9 +27,10 @@ def create_app(service: Service) -> FastAPI:
     config = service.config
 
     @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
+    async def life(app: FastAPI) -> AsyncIterator[None]:
         service.start()
-        yield
+        async with door.opening(app, service):
+            yield
         await run_in_threadpool(service.stop)
 
     app = FastAPI(
@@ -46,21 +47,11 @@ def create_app(service: Service) -> FastAPI:
     for part in (jobs_api, openai_api, a1111_api):
         app.include_router(part.routes, dependencies=[BEARER])
     _add_signs_of_life(app, service)
-    _add_page(app, service)
     local = is_this_machine(config.host)
     needs_token = not local if config.require_tokens is None else config.require_tokens
     app.add_middleware(Gate, store=service.store, local=local, needs_token=needs_token)
     app.add_middleware(Observer, metrics=service.metrics)
     return app
-
-
-def _add_page(app: FastAPI, service: Service) -> None:
-    try:
-        from limner.serving import page
-    except ModuleNotFoundError as error:  # programs can do without
-        log.warning("no page: %s is missing; pip install 'limner[serve]' brings it", error.name)
-        return
-    page.mount(app, service)
 
 
 def _add_signs_of_life(app: FastAPI, service: Service) -> None:

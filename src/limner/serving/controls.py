@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from limner.diffusion.samplers import SAMPLERS, fitting
+from limner.errors import ConfigError
+from limner.generation import ranking
 from limner.generation.jobs import Spec
 from limner.serving.schemas import JobRequest
 from limner.serving.service import Service
@@ -35,6 +38,7 @@ class Controls:
         with gr.Row(**row):
             self.n = gr.Number(1, label="Pictures", precision=0, minimum=1, maximum=most.max_count, min_width=90)
             self.seed = gr.Textbox("", label="Seed", placeholder="by lot", max_length=19, min_width=90, elem_id="seed")
+        self.report = gr.HTML(self._report(next(iter(specs))), elem_id="report", apply_default_css=False)
         with gr.Accordion("More settings", open=False, elem_id="more"):
             self.model = gr.Dropdown(list(specs), value=next(iter(specs)), label="Model", visible=len(specs) > 1)
             self.negative = gr.Textbox("", label="Without", placeholder="what should not be seen", **text)
@@ -46,6 +50,17 @@ class Controls:
                     _sizes(spec), value=AUTOMATIC, label="Size", allow_custom_value=True, min_width=120
                 )
                 self.scheduler = gr.Dropdown(_schedulers(spec), value="", label="Scheduler", min_width=120)
+            with gr.Row(**row):
+                self.best_of = _number("Best of", 1, most.max_count, None, precision=0, visible=_ranks(spec))
+                self.loras = gr.Dropdown(
+                    list(service.shelf.loras),
+                    label="LoRA",
+                    multiselect=True,
+                    allow_custom_value=True,  # NAME:WEIGHT
+                    visible=bool(service.shelf.loras),
+                    min_width=120,
+                    elem_id="loras",
+                )
             with gr.Row(**row):
                 self.rescale = _number("Guidance rescale", 0, 1, 0, step=0.1)
                 self.variation = gr.Textbox(
@@ -65,6 +80,11 @@ class Controls:
         other = {"guidance_rescale": self.rescale}
         return {name: other.get(name) or getattr(self, name) for name in JobRequest.model_fields}
 
+    @property
+    def by_model(self) -> list[Any]:
+        """The controls that `of_model` sets."""
+        return [self.report, self.best_of, self.steps, self.guidance, self.size, self.scheduler]
+
     def asked(self, values: Mapping[Any, Any]) -> JobRequest:
         """What the controls say, given their values; pictures are kept. Raises ValidationError and DataError."""
         said = {name: values[control] for name, control in self.fields.items()}
@@ -81,6 +101,8 @@ class Controls:
         """The settings that another model draws with when not told."""
         spec = self._spec(model)
         return {
+            self.report: self._report(model),
+            self.best_of: gr.update(visible=_ranks(spec), value=None),
             self.steps: spec.steps,
             self.guidance: spec.guidance,
             self.size: gr.update(choices=_sizes(spec), value=AUTOMATIC),
@@ -101,6 +123,7 @@ class Controls:
             self.scheduler: gr.update(choices=_schedulers(spec), value=settings.get("scheduler") or ""),
             self.variation: settings.get("variation") or "",
             self.strength: str(settings.get("strength") or ""),
+            self.loras: list(settings.get("loras", ())),
             self.image: uploads.picture(image).image if (image := settings.get("image")) else None,
             self.mask: uploads.mask(mask).image if (mask := settings.get("mask")) else None,
         }
@@ -108,16 +131,30 @@ class Controls:
     def alone(self, settings: Mapping[str, Any], seed: int, size: str) -> dict[str, Any]:
         """The settings of a job that draw one of its pictures alone, with those that were left to the model."""
         spec = self.service.specs.get(settings["model"])
-        left = {name: settings[name] or getattr(spec, name, None) for name in ("steps", "guidance")}
+        left = {name: settings[name] or getattr(spec, name, None) for name in ("steps", "guidance")} | {"best_of": None}
         rise = seed - settings["seed"]
         if variation := settings.get("variation"):
             other, _, strength = variation.partition(":")  # whose seed rises in place of the first
             return {**settings, **left, "n": 1, "size": size, "variation": f"{int(other) + rise}:{strength}"}
         return {**settings, **left, "n": 1, "size": size, "seed": seed}
 
+    def _report(self, model: str) -> str:
+        """A link to the report of a model that has one."""
+        url = self.service.report_url(model)
+        return "" if url is None else f'<a href="{escape(url)}" target="_blank">How good {escape(model)} is</a>'
+
     def _spec(self, model: str) -> Spec:
         specs = self.service.specs
         return specs.get(model) or next(iter(specs.values()))
+
+
+def _ranks(spec: Spec) -> bool:
+    """Whether the model has what tells which picture is the best."""
+    try:
+        ranking.check(spec, 1, 1)
+    except ConfigError:
+        return False
+    return True
 
 
 def _number(label: str, least: float, most: float, value: float | None, **more: Any) -> gr.Number:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 from limner.serving.schemas import JobView
 
@@ -42,10 +43,11 @@ class Easel:
         """HTML: a place for each picture, side by side with their seeds, and how the job stands."""
         done = {image.seed: image for image in job.images}
         first, prompt = int(job.settings["seed"]), escape(str(job.settings["prompt"]), quote=True)
-        ended = job.finished is not None
+        ended, n, best_of = job.finished is not None, int(job.settings.get("n", 1)), job.settings.get("best_of")
         places, preview = [], self.preview
-        for number in range(int(job.settings.get("n", 1))):
-            image = done.get(first + number)
+        # Of the best of several it is only known at the end which they are, and in which order
+        for seed in done if best_of and ended else range(first, first + (1 if best_of else n)):
+            image = done.get(seed)
             if image is not None:
                 inner = f'<a href="{image.url}" target="_blank"><img src="{image.url}" alt="{prompt}"></a>'
             elif ended:
@@ -54,7 +56,8 @@ class Easel:
                 inner, preview = f'<img class="preview" src="data:image/jpeg;base64,{preview}" alt="Preview">', None
             else:
                 inner = '<div class="blank"></div>'
-            places.append(f"<figure>{inner}<figcaption>seed {first + number}</figcaption></figure>")
+            caption = f"best {n} of {best_of}" if best_of and not ended else f"seed {seed}"
+            places.append(f"<figure>{inner}<figcaption>{caption}</figcaption></figure>")
         bar = "" if ended else _bar(job)
         pictures = f'<div class="easel n{min(len(places), 4)}">{"".join(places)}</div>' if places else EMPTY
         return pictures + bar + f'<p class="status {job.state}" role="status">{escape(self.say(job))}</p>'
@@ -94,7 +97,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
 
 
-def facts(settings: Mapping[str, object]) -> str:
+def facts(settings: Mapping[str, Any]) -> str:
     """HTML: the settings that a picture was drawn with."""
     named = {"Seed": settings["seed"], "Size": settings["size"]}
     shown = {
@@ -105,6 +108,8 @@ def facts(settings: Mapping[str, object]) -> str:
         "Variation": "variation",
     }
     named |= {label: settings[key] for label, key in shown.items() if settings.get(key) is not None}
+    if settings.get("loras"):
+        named["LoRA"] = ", ".join(settings["loras"])
     if settings.get("negative"):
         named["Without"] = settings["negative"]
     if settings.get("image"):

@@ -20,6 +20,10 @@ steps), `preview` (jpeg, small, in base64), `image` (as in the job), and last `d
 whole job). Who asks again is told how it stands."""
 PNG = {"description": "The picture.", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
 
+HTML = {"description": "The page.", "content": {"text/html": {"schema": {"type": "string"}}}}
+STILL = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-popups"
+"""What a report may do in a browser: look, and nothing else."""
+
 routes = APIRouter(prefix="/v1", tags=["jobs"])
 
 
@@ -83,3 +87,12 @@ def image(id: str, service: Served, client: From) -> FileResponse:
         raise HTTPException(404, "There is no such picture.")
     headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
     return FileResponse(file, media_type="image/png", headers=headers)
+
+
+@routes.get("/reports/{model:path}", response_class=FileResponse, responses=documented(404, json=False) | {200: HTML})
+def report(model: str, service: Served) -> FileResponse:
+    """The page that `limner evaluate` wrote of a model; /v1/models says which have one."""
+    file = service.reports.get(service.model_name(model))
+    if file is None:
+        raise HTTPException(404, f"There is no report of {model}; name one of limner evaluate in the setting reports.")
+    return FileResponse(file, media_type="text/html", headers={"Content-Security-Policy": STILL})

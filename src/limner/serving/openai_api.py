@@ -13,9 +13,8 @@ from starlette.concurrency import run_in_threadpool
 
 from limner.serving.access import Client, From
 from limner.serving.answers import Failed, documented
-from limner.serving.schemas import REQUEST, JobRequest, JobView
+from limner.serving.schemas import REQUEST, BestOf, JobRequest, JobView, Loras
 from limner.serving.service import Served, Service
-from limner.serving.uploads import from_transparency
 
 JOB = {"X-Limner-Job": {"description": "The job behind it, for /v1/jobs.", "schema": {"type": "string"}}}
 routes = APIRouter(prefix="/v1", tags=["openai"])
@@ -49,6 +48,10 @@ class GenerationRequest(BaseModel):
     """Limner's: what the pictures should not show."""
     scheduler: str | None = None
     """Limner's: by its name, as euler_a or dpmpp_2m_karras."""
+    best_of: BestOf = None
+    """Limner's: draw so many, and answer with the `n` that fit the prompt best."""
+    loras: Loras = ()
+    """Limner's: LoRAs to draw with, NAME or NAME:WEIGHT."""
 
     def to_job(self, **pictures: Any) -> JobRequest:
         """The same, as a job; `pictures` are image, mask and strength of an edit."""
@@ -63,6 +66,8 @@ class GenerationRequest(BaseModel):
             guidance=self.guidance,
             size=None if self.size == "auto" else self.size,
             scheduler=self.scheduler,
+            best_of=self.best_of,
+            loras=self.loras,
         )
 
 
@@ -91,7 +96,7 @@ class GeneratedImage(BaseModel):
 
 
 class Generated(BaseModel):
-    """The pictures, in the order of their seeds."""
+    """The pictures, in the order of their seeds, or the best first."""
 
     created: int
     """Seconds since 1970."""
@@ -104,10 +109,16 @@ class Generated(BaseModel):
 class ModelInfo(BaseModel):
     """A model that may be named."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "limner"
+    loras: list[str]
+    """Limner's: names of the LoRAs that may be asked for, of which not all need be for this model."""
+    report: str | None
+    """Limner's: where the page is that tells how good it is, if there is one."""
 
 
 class ModelList(BaseModel):
@@ -154,8 +165,7 @@ async def edit(
     image = await request.image.read()
     pictures = {"image": await run_in_threadpool(service.uploads.add_bytes, image, mask=False)}
     if request.mask is not None:
-        mask = await run_in_threadpool(from_transparency, await request.mask.read())
-        pictures["mask"] = await run_in_threadpool(service.uploads.add_bytes, mask, mask=True)
+        pictures["mask"] = await run_in_threadpool(service.uploads.add_see_through, await request.mask.read())
     return await _answer(
         request, request.to_job(**pictures, strength=request.strength), http, response, service, client
     )
@@ -180,10 +190,15 @@ async def _answer(
 @routes.get("/models", responses=documented())
 def models(service: Served) -> ModelList:
     """The models that this server draws with."""
-    return ModelList(data=[ModelInfo(id=name) for name in service.specs])
+    return ModelList(data=[_info(name, service) for name in service.specs])
 
 
 @routes.get("/models/{model:path}", responses=documented(404))
 def model(model: str, service: Served) -> ModelInfo:
     """One of them."""
-    return ModelInfo(id=service.model_name(model))
+    return _info(service.model_name(model), service)
+
+
+def _info(name: str, service: Service) -> ModelInfo:
+    loras = list(service.shelf.loras) if service.specs[name].own_loop else []
+    return ModelInfo(id=name, loras=loras, report=service.report_url(name))

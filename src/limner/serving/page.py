@@ -13,7 +13,6 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse, Response
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
@@ -28,35 +27,22 @@ from limner.serving.service import Draining, Service
 from limner.serving.store import QueueFull
 from limner.serving.tables import OPEN
 
-PATH = "/page"
 PACE = 0.15  # seconds between two looks of a job that is being drawn
 EARLIER = 40  # jobs whose pictures the gallery shows, and how many more "Show older" brings
-ICON = (  # a picture in its frame
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#0d9488"/>'
-    '<path d="M3 12l3-5 2.5 3.5L10 9l3 3z" fill="white"/></svg>'
-)
+ESCAPE = """() => document.addEventListener('keydown', event => {
+    const closes = event.target.matches('[role=listbox]') || document.querySelector('#gallery .preview')
+    if (event.key === 'Escape' && !closes) document.querySelector('#cancel:enabled')?.click()
+})"""  # the key cancels, but where it closes a list or a large picture
 UPLOADS_LAST = 24 * 3600  # seconds, in the folder of temporary files; what a job begins with is kept with the jobs
 
 
-def mount(app: FastAPI, service: Service) -> None:
-    """Put the page at `PATH`, and lead people from / to it."""
-
-    @app.get("/", include_in_schema=False)
-    def to_the_page() -> RedirectResponse:
-        return RedirectResponse(f"{PATH}/")
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    def icon() -> Response:
-        return Response(ICON, media_type="image/svg+xml")
-
-    @app.get("/manifest.json", include_in_schema=False)  # where Gradio's page looks for it
-    def to_the_manifest() -> RedirectResponse:
-        return RedirectResponse(f"{PATH}/manifest.json")
-
+def application(service: Service, path: str) -> FastAPI:
+    """An application that has nothing but the page, at `path`, as its last route."""
+    app = FastAPI(openapi_url=None)
     gr.mount_gradio_app(
         app,
         Page(service).blocks,
-        PATH,
+        path,
         footer_links=[],
         run_history=False,
         mcp_server=False,
@@ -74,9 +60,9 @@ def mount(app: FastAPI, service: Service) -> None:
         ),
         css_paths=Path(__file__).with_name("page.css"),
     )
-    gradio_app = app.routes[-1].app  # type: ignore[attr-defined]
     # Open pages hold a stream, which would keep a server that is to end from doing so
-    service.on_drain.append(gradio_app.stop_event.set)
+    service.on_drain.append(app.routes[-1].app.stop_event.set)  # type: ignore[attr-defined]
+    return app
 
 
 class Page:
@@ -133,6 +119,7 @@ class Page:
         loaded = self.blocks.load(self._resume, None, followed, **quiet)
         self.blocks.load(self._list, known, listed, **quiet)
         loaded.then(self._list, known, listed, **quiet)
+        self.blocks.load(None, js=ESCAPE)
         drawn = gr.on(
             [controls.begin.click, controls.prompt.submit, controls.seed.submit, controls.negative.submit],
             self._draw,
@@ -144,8 +131,7 @@ class Page:
         )
         drawn.then(self._list, known, listed, **quiet)
         controls.cancel.click(self._cancel, self.job, None, **quiet)
-        by_model = [controls.steps, controls.guidance, controls.size, controls.scheduler]
-        controls.model.input(controls.of_model, controls.model, by_model, **quiet)
+        controls.model.input(controls.of_model, controls.model, controls.by_model, **quiet)
         self.gallery.select(self._pick, self.pictures, [self.picked, self.facts, self.details], **quiet)
         self.again.click(controls.of_picture, self.picked, list(settings), **quiet).then(
             None, js="() => document.querySelector('#prompt textarea').focus()"

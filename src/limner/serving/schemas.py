@@ -14,6 +14,10 @@ REQUEST = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, json_sc
 """Of the models of requests for pictures."""
 
 
+BestOf = Annotated[int, Field(ge=1)] | None
+Loras = Annotated[tuple[str, ...], Field(max_length=8)]
+
+
 class JobRequest(BaseModel):
     """What to draw: the settings of `limner generate`. What is left out is the model's own."""
 
@@ -47,6 +51,10 @@ class JobRequest(BaseModel):
     """Picture that is white where `image` is redrawn, in the same way."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the steps that are taken from `image`."""
+    best_of: BestOf = None
+    """Draw so many, and keep the `n` that fit the prompt best, as the model's own CLIP sees it."""
+    loras: Loras = ()
+    """LoRAs to draw with, NAME or NAME:WEIGHT; /v1/models lists the names."""
 
 
 class ImageView(BaseModel):
@@ -60,6 +68,8 @@ class ImageView(BaseModel):
     seed: int
     width: int
     height: int
+    score: float | None
+    """How well it fits the prompt, with `best_of`: the cosine of both in the model's CLIP."""
 
 
 class JobView(BaseModel):
@@ -80,7 +90,7 @@ class JobView(BaseModel):
     settings: dict[str, Any]
     """What was asked for, as POST /v1/jobs takes it again; the model and the seed are always named."""
     images: list[ImageView]
-    """Pictures that are done, in the order of their seeds."""
+    """Pictures that are done, in the order of their seeds; with `best_of` only at the end, the best first."""
     error: str | None
     """Why it failed."""
     fault: bool

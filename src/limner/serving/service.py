@@ -12,16 +12,19 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from limner.config import ServeConfig
 from limner.errors import ConfigError
+from limner.generation import ranking
+from limner.generation.jobs import Spec
 from limner.serving.changes import Changes
 from limner.serving.metrics import Metrics
 from limner.serving.schemas import ImageView, JobRequest, JobView
-from limner.serving.shelf import Shelf, read_models
+from limner.serving.shelf import Shelf, read_loras, read_models, read_reports
 from limner.serving.store import QueueFull, Store, new_id
 from limner.serving.tables import OPEN, ImageRow, JobRow, State
 from limner.serving.uploads import Uploads
@@ -57,7 +60,8 @@ class Service:
         """Open the store and read what the models say of themselves. Raises UserError."""
         self.config = config
         self.specs = read_models(config.models)
-        self.shelf = Shelf(self.specs, config.device, config.memory)
+        self.reports = read_reports(self.specs, config.reports)
+        self.shelf = Shelf(self.specs, read_loras(config.loras), config.device, config.memory)
         self.store = Store(config.out, config.database)
         self.metrics = Metrics()
         self.changes = Changes()
@@ -96,8 +100,9 @@ class Service:
             raise Draining
         model = self.model_name(request.model)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        request = request.model_copy(update={"model": model, "seed": seed})
-        self._check(request)
+        loras = tuple(f"{name}:{lora.weight:g}" for name, lora in self.shelf.chosen(request.loras))
+        request = request.model_copy(update={"model": model, "seed": seed, "loras": loras})
+        self._check(request, self.specs[model])
         kept = {
             name: self.uploads.add(text, mask=name == "mask")
             for name, text in (("image", request.image), ("mask", request.mask))
@@ -110,7 +115,7 @@ class Service:
             id=new_id(),
             owner=owner,
             model=model,
-            shape=hashlib.sha256(shape_of(model, draws[0]).encode()).hexdigest(),
+            shape=hashlib.sha256(shape_of(model, loras, draws[0]).encode()).hexdigest(),
             settings=request.model_dump(),
             pictures=len(draws),
             steps=sum(draw.steps_taken for draw in draws),
@@ -126,7 +131,7 @@ class Service:
         prompt = {"prompt": request.prompt} if self.config.log_prompts else {}
         log.info("job accepted", extra={"job": row.id, "owner": owner, "model": model, **prompt})
         self.worker.more()
-        return self._view(row, ())
+        return self._views([row])[0]
 
     def model_name(self, name: str | None) -> str:
         """The model of that name, or the first. Raises UnknownModel."""
@@ -135,15 +140,27 @@ class Service:
             raise UnknownModel(f"There is no model {name[:100]!r} here; there are {', '.join(self.specs)}.")
         return name
 
-    def _check(self, request: JobRequest) -> None:
-        """Raise ConfigError where more is asked for than is allowed here."""
+    def report_url(self, model: str) -> str | None:
+        """Where the report of a model is at this server, if it has one."""
+        return f"/v1/reports/{quote(model)}" if model in self.reports else None
+
+    def _check(self, request: JobRequest, spec: Spec) -> None:
+        """Raise ConfigError where more is asked for than is allowed here, or can be added or ranked."""
         config = self.config
         for text, what in ((request.prompt, "prompt"), (request.negative, "negative prompt")):
             if len(text) > config.max_prompt:
                 raise ConfigError(f"The {what} has {len(text)} characters; {config.max_prompt} are allowed here.")
-        for name, asked, most in (("n", request.n, config.max_count), ("steps", request.steps or 1, config.max_steps)):
-            if asked > most:
+        for name, asked, most in (
+            ("n", request.n, config.max_count),
+            ("best_of", request.best_of, config.max_count),
+            ("steps", request.steps, config.max_steps),
+        ):
+            if asked is not None and asked > most:
                 raise ConfigError(f"{name} is {asked}; up to {most} is allowed here.")
+        if request.best_of is not None:
+            ranking.check(spec, request.n, request.best_of)
+        if request.loras and not spec.own_loop:
+            raise ConfigError(f"{request.model} takes no LoRA; leave loras out, or name another model.")
 
     def _check_size(self, width: int | None, height: int | None) -> None:
         if width and height and width * height > self.config.max_pixels:
@@ -152,17 +169,13 @@ class Service:
     def get(self, id_: str, owner: str | None = None) -> JobView | None:
         """How a job stands, if it is the owner's; anybody's for None."""
         row = self.store.get(id_, owner)
-        return None if row is None else self._view(row, self.store.images([id_]))
+        return None if row is None else self._views([row])[0]
 
     def listed(
         self, owner: str | None = None, *, state: State | None = None, before: int | None = None, limit: int = 50
     ) -> list[JobView]:
         """The newest jobs, newest first; `before` a job's number for older ones."""
-        rows = self.store.listed(owner=owner, state=state, before=before, limit=limit)
-        images: dict[str, list[ImageRow]] = {}
-        for image in self.store.images([row.id for row in rows]):
-            images.setdefault(image.job, []).append(image)
-        return [self._view(row, images.get(row.id, ())) for row in rows]
+        return self._views(self.store.listed(owner=owner, state=state, before=before, limit=limit))
 
     def cancel(self, id_: str, owner: str | None = None) -> JobView | None:
         """End a job, at once in the queue and within one step while it is drawn; one that has ended stays as it is."""
@@ -197,28 +210,42 @@ class Service:
         """A job once it has ended. Raises Draining where it will not while this server runs."""
         with self.changes.of(id_, steps=False) as waiter:
             while True:
-                job = await run_in_threadpool(self.get, id_)
-                assert job is not None
-                if job.state not in OPEN:
-                    return job
-                if self.draining and job.state == "queued":
+                row = await run_in_threadpool(self.store.get, id_)
+                assert row is not None
+                if row.state not in OPEN:
+                    return (await run_in_threadpool(self._views, [row]))[0]
+                if self.draining and row.state == "queued":
                     raise Draining(id_)
                 await waiter.wait(POLL)
 
-    def _view(self, row: JobRow, images: Sequence[ImageRow]) -> JobView:
+    def _views(self, rows: Sequence[JobRow]) -> list[JobView]:
+        images: dict[str, list[ImageRow]] = {}
+        for image in self.store.images([row.id for row in rows if row.state != "queued"]):
+            images.setdefault(image.job, []).append(image)
+        places = self.store.places([row.number for row in rows if row.state == "queued"])
+        return [self._view(row, images.get(row.id, ()), places.get(row.number)) for row in rows]
+
+    def _view(self, row: JobRow, images: Sequence[ImageRow], place: int | None) -> JobView:
         live = self.worker.step_of(row.id) if row.state == "running" else None
         seed = row.settings["seed"]
         return JobView(
             id=row.id,
             number=row.number,
             state=row.state,  # type: ignore[arg-type]
-            place=self.store.place(row) if row.state == "queued" else None,
+            place=place,
             step=row.step if live is None else live,
             steps=row.steps,
             settings=row.settings,
             images=[
-                ImageView(id=i.id, url=f"/v1/images/{i.id}", seed=seed + i.number, width=i.width, height=i.height)
-                for i in images
+                ImageView(
+                    id=image.id,
+                    url=f"/v1/images/{image.id}",
+                    seed=seed + image.number,
+                    width=image.width,
+                    height=image.height,
+                    score=image.score,
+                )
+                for image in (images if row.settings.get("best_of") is None or row.state == "done" else ())
             ],
             error=row.error,
             fault=row.fault,

@@ -10,26 +10,25 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import case, create_engine, delete, event, func, select, text, update
-from sqlalchemy.engine import Connection, CursorResult, Engine
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
+from sqlalchemy import case, delete, func, select, text, update
+from sqlalchemy.engine import CursorResult
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from limner.errors import ConfigError, RunError
-from limner.serving.tables import OPEN, Base, ImageRow, JobRow, State, TokenRow
-
-FILE = "jobs.sqlite"
-SCHEMA_LOCK = 7_546_637  # of PostgreSQL's advisory locks, while tables are made
-
+from limner.errors import RunError
+from limner.serving.database import opened
+from limner.serving.tables import OPEN, ImageRow, JobRow, State, TokenRow
 
 ID = re.compile("[0-9a-f]{32}")
+BEST_FIRST = (ImageRow.score.desc(), ImageRow.number)
 
 
 class QueueFull(Exception):
@@ -73,25 +72,22 @@ class Store:
 
     def __init__(self, folder: Path, url: str | None = None) -> None:
         """Open the database, or make it. Raises ConfigError where there is no right to, or for a bad URL."""
-        self.aside: Path | None = None
-        """Where a damaged database was moved to, if there was one."""
-        if url is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.aside = _move_damaged(folder / FILE)
-        self.engine = _sqlite(folder / FILE) if url is None else _by_url(url)
-        try:
-            with self.engine.begin() as connection:
-                if connection.dialect.name == "postgresql":
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": SCHEMA_LOCK})
-                Base.metadata.create_all(connection)
-        except DatabaseError as error:
-            reason = str(error.orig).strip().split("\n")[0]
-            place = "in --data" if url is None else "behind --set database"
-            raise ConfigError(f"The database {place} can't be used ({reason}); mend that or name another.") from None
+        self.engine, self.aside = opened(folder, url)
+        """`aside` is where a damaged database was moved to, if there was one."""
+        # SQLite has one writer at a time, and those that wait would look again only now and then
+        self._turn: AbstractContextManager[Any] = (
+            threading.Lock() if self.engine.dialect.name == "sqlite" else nullcontext()
+        )
 
     @contextmanager
-    def _session(self, *, write: bool) -> Iterator[Session]:
-        with Session(self.engine.execution_options(write=write), expire_on_commit=False) as session, session.begin():
+    def session(self, *, write: bool, durable: bool = True) -> Iterator[Session]:
+        """A transaction. One that is not durable outlives the server, but may be lost when the machine dies."""
+        options = {"write": write, "durable": durable}
+        with (
+            self._turn if write else nullcontext(),
+            Session(self.engine.execution_options(**options), expire_on_commit=False) as session,
+            session.begin(),
+        ):
             yield session
 
     def close(self) -> None:
@@ -100,7 +96,7 @@ class Store:
 
     def ping(self) -> None:
         """Raise OperationalError where the database does not answer."""
-        with self._session(write=False) as session:
+        with self.session(write=False) as session:
             session.execute(text("SELECT 1"))
 
     # What clients do
@@ -111,7 +107,7 @@ class Store:
         `queue` and `open_jobs` count unfinished jobs of all and of the owner, `rate` is the owner's new ones a minute.
         """
         now = job.created
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             if job.owner:
                 session.execute(select(TokenRow).where(TokenRow.name == job.owner).with_for_update())
                 own = select(func.count()).where(JobRow.owner == job.owner)
@@ -130,14 +126,18 @@ class Store:
         """A job, if it is the owner's; of anybody for None."""
         if not ID.fullmatch(id_):
             return None
-        with self._session(write=False) as session:
+        with self.session(write=False) as session:
             return session.scalar(select(JobRow).where(JobRow.id == id_, *_owned(owner)))
 
-    def place(self, job: JobRow) -> int:
-        """How many queued jobs stand before a queued one."""
-        with self._session(write=False) as session:
-            before = select(func.count()).where(JobRow.state == "queued", JobRow.number < job.number)
-            return session.scalar(before) or 0
+    def places(self, numbers: Collection[int]) -> dict[int, int]:
+        """How many queued jobs stand before each of those of these numbers that are queued."""
+        if not numbers:
+            return {}
+        before = (func.row_number().over(order_by=JobRow.number) - 1).label("before")
+        queue = select(JobRow.number, before).where(JobRow.state == "queued").subquery()
+        with self.session(write=False) as session:
+            rows = session.execute(select(queue.c.number, queue.c.before).where(queue.c.number.in_(numbers)))
+            return dict(rows.tuples().all())
 
     def listed(
         self, *, owner: str | None = None, state: State | None = None, before: int | None = None, limit: int
@@ -148,20 +148,22 @@ class Store:
             wanted = wanted.where(JobRow.state == state)
         if before is not None:
             wanted = wanted.where(JobRow.number < before)
-        with self._session(write=False) as session:
+        with self.session(write=False) as session:
             return session.scalars(wanted.order_by(JobRow.number.desc()).limit(limit)).all()
 
     def images(self, jobs: Collection[str]) -> Sequence[ImageRow]:
-        """The pictures of some jobs, in their order."""
-        with self._session(write=False) as session:
-            wanted = select(ImageRow).where(ImageRow.job.in_(jobs)).order_by(ImageRow.job, ImageRow.number)
+        """The pictures of some jobs, the best first or else in the order of their numbers."""
+        if not jobs:
+            return []
+        with self.session(write=False) as session:
+            wanted = select(ImageRow).where(ImageRow.job.in_(jobs)).order_by(ImageRow.job, *BEST_FIRST)
             return session.scalars(wanted).all()
 
     def image(self, id_: str, owner: str | None = None) -> ImageRow | None:
         """A picture, if its job is the owner's."""
         if not ID.fullmatch(id_):
             return None
-        with self._session(write=False) as session:
+        with self.session(write=False) as session:
             wanted = select(ImageRow).join(JobRow, JobRow.id == ImageRow.job)
             return session.scalar(wanted.where(ImageRow.id == id_, *_owned(owner)))
 
@@ -172,7 +174,7 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many jobs are in each state."""
-        with self._session(write=False) as session:
+        with self.session(write=False) as session:
             rows = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
             return dict(rows.tuples().all())
 
@@ -182,7 +184,7 @@ class Store:
         """The job that is next, and further ones of its shape with up to `pictures` pictures in all, for `lease`
         seconds."""
         now = time.time()
-        with self._session(write=True) as session:
+        with self.session(write=True, durable=False) as session:
 
             def next_of(*where: Any, limit: int = 1) -> Sequence[JobRow]:
                 wanted = select(JobRow).where(*where).order_by(JobRow.number).limit(limit)
@@ -207,24 +209,35 @@ class Store:
         """Renew the leases of jobs and note their steps; tell which of them the worker still holds."""
         if not steps:
             return set()
-        with self._session(write=True) as session:
+        with self.session(write=True, durable=False) as session:
             held = (JobRow.worker == worker, JobRow.state == "running", JobRow.id.in_(steps))
             values = {"lease": time.time() + lease, "step": case(steps, value=JobRow.id, else_=JobRow.step)}
             session.execute(update(JobRow).where(*held).values(**values))
             return set(session.scalars(select(JobRow.id).where(*held)))
 
-    def keep(self, worker: str, image: ImageRow, *, step: int, last: bool) -> bool:
-        """Add a picture to a job that the worker holds, which ends with its last; tell whether it held it."""
-        with self._session(write=True) as session:
+    def keep(self, worker: str, image: ImageRow, *, step: int, last: bool, best: int | None = None) -> list[str] | None:
+        """Add a picture to a job that the worker holds, which ends with its last, and then has its `best` ones only.
+
+        -> the files of the others, which nobody knows any more; None where the worker doesn't hold the job.
+        """
+        with self.session(write=True) as session:
             wanted = select(JobRow).where(JobRow.id == image.job, *_held(worker)).with_for_update()
             job = session.scalar(wanted)
             if job is None:
-                return False
+                return None
             session.add(image)
             job.step = step
-            if last:
-                job.state, job.finished, job.worker, job.lease = "done", time.time(), None, None
-            return True
+            if not last:
+                return []
+            job.state, job.finished, job.worker, job.lease = "done", time.time(), None, None
+            if best is None:
+                return []
+            session.flush()
+            ranked = select(ImageRow).where(ImageRow.job == job.id).order_by(*BEST_FIRST)
+            others = session.scalars(ranked.offset(best)).all()
+            for other in others:
+                session.delete(other)
+            return [other.file for other in others]
 
     def fail(self, worker: str, id_: str, error: str, *, fault: bool) -> bool:
         """End a job that the worker holds, saying why and whose fault it is; tell whether it held it."""
@@ -232,21 +245,21 @@ class Store:
 
     def give_back(self, worker: str) -> int:
         """Put all jobs that the worker holds back into the queue, without blame; tell how many."""
-        with self._session(write=True) as session:
+        with self.session(write=True, durable=False) as session:
             values = {"state": "queued", "worker": None, "lease": None, "attempts": JobRow.attempts - 1}
             done = session.execute(update(JobRow).where(*_held(worker)).values(**values))
             return _count(done)
 
     def expire_dead(self, me: str) -> None:
         """End the leases of workers of this machine that are no more, so that nobody has to wait for that."""
-        with self._session(write=True) as session:
+        with self.session(write=True, durable=False) as session:
             running = select(JobRow.worker).where(JobRow.state == "running", JobRow.worker.is_not(None)).distinct()
             dead = [worker for worker in session.scalars(running) if worker and _is_dead(worker, me)]
             session.execute(update(JobRow).where(JobRow.worker.in_(dead), JobRow.state == "running").values(lease=0))
 
     def _end(self, *where: Any, **values: Any) -> bool:
         values |= {"finished": time.time(), "worker": None, "lease": None}
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             return _count(session.execute(update(JobRow).where(*where).values(**values))) == 1
 
     # Tokens
@@ -254,24 +267,24 @@ class Store:
     def add_token(self, name: str, digest: str) -> None:
         """Let somebody in. Raises RunError where there is one of that name."""
         try:
-            with self._session(write=True) as session:
+            with self.session(write=True) as session:
                 session.add(TokenRow(name=name, digest=digest, created=time.time()))
         except IntegrityError:
             raise RunError(f"There is a token for {name} already; remove it first, or choose another name.") from None
 
     def remove_token(self, name: str) -> bool:
         """Let somebody in no more; tell whether there was one of that name."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             return _count(session.execute(delete(TokenRow).where(TokenRow.name == name))) == 1
 
     def tokens(self) -> Sequence[TokenRow]:
         """All, by name."""
-        with self._session(write=False) as session:
+        with self.session(write=False) as session:
             return session.scalars(select(TokenRow).order_by(TokenRow.name)).all()
 
     def token_of(self, digest: str) -> str | None:
         """The name behind a token."""
-        with self._session(write=False) as session:
+        with self.session(write=False) as session:
             return session.scalar(select(TokenRow.name).where(TokenRow.digest == digest))
 
 
@@ -286,62 +299,3 @@ def _held(worker: str) -> tuple[Any, ...]:
 def _count(result: Any) -> int:
     assert isinstance(result, CursorResult)
     return result.rowcount
-
-
-def _sqlite(file: Path) -> Engine:
-    """SQLite as a queue wants it: readers never wait, writers do for each other, and a commit is on the disk."""
-    engine = create_engine(f"sqlite:///{file}", connect_args={"timeout": 30, "check_same_thread": False})
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # pysqlite would begin late and as a reader
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        # A reader that becomes a writer fails where another wrote since; so writers say so at once
-        write = connection.get_execution_options().get("write", True)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-    return engine
-
-
-def _by_url(url: str) -> Engine:
-    """PostgreSQL. Raises ConfigError for another URL."""
-    if not url.startswith(("postgresql://", "postgres://")):
-        raise ConfigError("The database must be postgresql://USER:PASSWORD@HOST/NAME; leave it out for SQLite.")
-    try:
-        return create_engine("postgresql+psycopg://" + url.split("://", 1)[1], pool_pre_ping=True, pool_size=20)
-    except ModuleNotFoundError:
-        raise ConfigError("PostgreSQL needs psycopg; install with: pip install 'limner[postgres]'.") from None
-    except (ArgumentError, ValueError):
-        raise ConfigError(
-            "The URL of the database can't be read; write postgresql://USER:PASSWORD@HOST/NAME."
-        ) from None
-
-
-def _move_damaged(file: Path) -> Path | None:
-    """Move a database that can't be read out of the way, so that the server can begin a new one; tell where to."""
-    if not file.exists():
-        return None
-    engine = _sqlite(file)
-    try:
-        with engine.connect() as connection:
-            verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-    except OperationalError as error:  # no right to read it, or locked: not damaged
-        raise ConfigError(
-            f"The database {file} can't be opened ({error.orig}); mend that or name another --data."
-        ) from None
-    except DatabaseError:
-        verdict = "damaged"
-    finally:
-        engine.dispose()
-    if verdict == "ok":
-        return None
-    aside = file.with_name(f"{file.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
-    file.rename(aside)
-    for suffix in ("-wal", "-shm"):
-        if (beside := file.with_name(file.name + suffix)).exists():
-            beside.rename(aside.with_name(aside.name + suffix))
-    return aside

@@ -68,6 +68,10 @@ class ImageRow(Base):
     """Below the server's folder."""
     width: Mapped[int]
     height: Mapped[int]
+    bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Of the file."""
+    score: Mapped[float | None] = mapped_column(default=None)
+    """How well it fits the prompt, where the best of several are kept."""
 
 
 class TokenRow(Base):

@@ -6,6 +6,8 @@ import base64
 import binascii
 import io
 import re
+import time
+from collections.abc import Container
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from limner.generation.sources import Source
 
+FRESH = 3600  # seconds that a picture stays without a job, which may be about to be stored
 DIGEST = re.compile("[0-9a-f]{64}")
 HEAD = re.compile(r"data:[\w/+.-]+;base64,")
 
@@ -36,6 +39,7 @@ class Uploads:
         """
         if DIGEST.fullmatch(text):
             self._read(text, mask=mask)
+            self._file(text).touch()  # it is fresh again
             return text
         try:
             data = base64.b64decode(HEAD.sub("", text[:100], count=1) + text[100:], validate=True)
@@ -49,7 +53,9 @@ class Uploads:
         self._decoded(data, mask=mask)
         digest = sha256(data).hexdigest()
         file = self._file(digest)
-        if not file.exists():
+        if file.exists():
+            file.touch()
+        else:
             with atomic_file(file) as partial:
                 partial.write_bytes(data)
         return digest
@@ -60,6 +66,17 @@ class Uploads:
 
         return self.add_bytes(_png(ImageOps.invert(self.mask(digest).image)), mask=True)
 
+    def add_see_through(self, data: bytes) -> str:
+        """Keep OpenAI's mask, which is see-through where to redraw, as ours, which is white there; one that is not
+        see-through is ours already. -> its digest. Raises DataError as `add`."""
+        from PIL import Image, ImageOps
+
+        self._decoded(data, mask=False)  # so that it is known to be within bounds, and whole
+        image = Image.open(io.BytesIO(data))
+        if image.has_transparency_data:
+            data = _png(ImageOps.invert(image.convert("RGBA").getchannel("A")))
+        return self.add_bytes(data, mask=True)
+
     def picture(self, digest: str) -> Source:
         """A picture to begin with. Raises DataError where it is not there."""
         return self._read(digest, mask=False)
@@ -67,6 +84,19 @@ class Uploads:
     def mask(self, digest: str) -> Source:
         """A mask. Raises DataError where it is not there."""
         return self._read(digest, mask=True)
+
+    def size(self) -> int:
+        """Bytes of all."""
+        return sum(file.stat().st_size for file in self._files())
+
+    def remove_others(self, digests: Container[str]) -> None:
+        """Remove what is none of these, and not fresh: of requests that were refused, and of jobs that are gone."""
+        for file in self._files():
+            if file.name not in digests and file.stat().st_mtime < time.time() - FRESH:
+                file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return [file for file in self.folder.glob("??/*") if DIGEST.fullmatch(file.name)]
 
     def _read(self, digest: str, *, mask: bool) -> Source:
         assert DIGEST.fullmatch(digest)
@@ -83,28 +113,6 @@ class Uploads:
 
     def _file(self, digest: str) -> Path:
         return self.folder / digest[:2] / digest
-
-
-def from_transparency(data: bytes) -> bytes:
-    """OpenAI's mask, which is see-through where to redraw, as ours, which is white there; one without is ours already.
-
-    What is no picture is given back for `Uploads` to refuse.
-    """
-    image = _opened(data)
-    if image is None or not image.has_transparency_data:
-        return data
-    from PIL import ImageOps
-
-    return _png(ImageOps.invert(image.convert("RGBA").getchannel("A")))
-
-
-def _opened(data: bytes) -> Image | None:
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
 
 
 def _png(image: Image) -> bytes:

@@ -1,17 +1,14 @@
-"""The thread that draws: takes jobs under a lease, keeps each picture as soon as it is there, stops at a word."""
+"""The thread that draws: takes jobs under a lease, hands each picture on to be kept, stops at a word."""
 
 from __future__ import annotations
 
 import io
 import logging
-import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,24 +17,26 @@ from limner.config import ServeConfig
 from limner.errors import ModelError, UserError
 from limner.generation.jobs import Job, Spec, make_jobs
 from limner.serving.changes import Changes
+from limner.serving.keeper import FAILED, CannotKeep, Held, Keeper
 from limner.serving.metrics import Metrics
+from limner.serving.retention import make_room
 from limner.serving.schemas import JobRequest
 from limner.serving.shelf import Shelf
-from limner.serving.store import Store, new_id, worker_id
-from limner.serving.tables import ImageRow, JobRow
+from limner.serving.store import Store, worker_id
+from limner.serving.tables import JobRow
 from limner.serving.uploads import Uploads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from limner.generation.model import Model, Picture
+    from limner.generation.model import Model
 
 log = logging.getLogger("limner.serve")
 
 TROUBLED = 5.0  # seconds until the next try where disk or database fail
 POLL = 0.5  # seconds between looks into the queue, which another server may have filled
 PULSE = 1.0  # seconds between signs of life, and so the longest until a cancel by another server is heard
-PICTURES = "pictures"
+TIDY = 60.0  # seconds between looks at the room on the disk
 PREVIEW = 256  # pixels of its longer side, at most
 
 
@@ -45,28 +44,12 @@ class Halt(Exception):
     """Ends a drawing at its next step."""
 
 
-class CannotKeep(Exception):
-    """A picture is drawn, and there is no place for it."""
-
-
-@dataclass
-class Held:
-    """A job that is being drawn here."""
-
-    row: JobRow
-    step: int = 0
-    preview: bytes | None = None
-    """JPEG of what the picture that is drawn now is going to look like, roughly."""
-    wanted: bool = True
-    """Whether it still is; not when it was cancelled, or taken over."""
-
-
 def to_draw(spec: Spec, request: JobRequest, uploads: Uploads) -> list[Job]:
     """The pictures of a request, whose own pictures are uploaded. Raises UserError where a setting doesn't fit."""
     return make_jobs(
         spec,
         [request.prompt],
-        n=request.n,
+        n=request.best_of or request.n,
         seed=request.seed or 0,
         steps=request.steps,
         guidance=request.guidance,
@@ -81,9 +64,9 @@ def to_draw(spec: Spec, request: JobRequest, uploads: Uploads) -> list[Job]:
     )
 
 
-def shape_of(model: str, job: Job) -> str:
+def shape_of(model: str, loras: Sequence[str], job: Job) -> str:
     """Equal for pictures that may be drawn together; what else keeps them apart, their painter knows."""
-    return f"{model} {job.steps} {job.guidance} {job.width}x{job.height} {job.scheduler}"
+    return f"{model} {' '.join(loras)} {job.steps} {job.guidance} {job.width}x{job.height} {job.scheduler}"
 
 
 class Worker:
@@ -105,6 +88,7 @@ class Worker:
         self._batch_size = 1 if shelf.device.type == "cpu" else config.batch_size
         self._config, self._store, self._shelf, self._uploads = config, store, shelf, uploads
         self._changes, self._metrics = changes, metrics
+        self._keeper = Keeper(self.id, config.out, store, changes, metrics)
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
         self._more = threading.Event()
@@ -114,7 +98,7 @@ class Worker:
         self._threads = [threading.Thread(target=run, daemon=True, name=name) for name, run in self._loops()]
 
     def _loops(self) -> list[tuple[str, Callable[[], None]]]:
-        return [("draw", self._draw_all), ("pulse", self._pulse)]
+        return [("draw", self._draw_all), ("pulse", self._pulse), ("tidy", self._tidy)]
 
     def start(self) -> None:
         """Begin to draw."""
@@ -156,21 +140,31 @@ class Worker:
         try:
             self._prepare()
             while not self._draining.is_set():
-                try:
-                    if jobs := self._store.take(self.id, pictures=self._batch_size, lease=self._config.lease):
-                        self._draw(jobs)
-                    else:
-                        self._more.wait(POLL)
-                        self._more.clear()
-                except SQLAlchemyError:  # what was drawn then is taken again when its lease has run out
-                    log.exception("the queue can't be used")
-                    self._draining.wait(TROUBLED)
-                except CannotKeep as error:  # as on a full disk, where no later job would fare better
-                    log.error("a picture can't be written", extra={"why": str(error)})
-                    self._store.give_back(self.id)
-                    self._draining.wait(TROUBLED)
+                self._go_on()
+            self._go_on(last=True)
         finally:
+            self._keeper.close()
             self._ended.set()
+
+    def _go_on(self, *, last: bool = False) -> None:
+        """Draw the jobs that are next, or wait for some; with `last` only see what was drawn kept."""
+        try:
+            jobs = [] if last else self._store.take(self.id, pictures=self._batch_size, lease=self._config.lease)
+            if jobs:
+                self._draw(jobs)
+                return
+            self._keeper.settle()
+            if not last:
+                self._more.wait(POLL)
+                self._more.clear()
+        except SQLAlchemyError:  # what was drawn then is taken again when its lease has run out
+            log.exception("the queue can't be used")
+            self._draining.wait(TROUBLED)
+        except CannotKeep as error:  # as on a full disk, where no later job would fare better
+            log.error("a picture can't be written", extra={"why": str(error)})
+            with suppress(SQLAlchemyError):
+                self._store.give_back(self.id)
+            self._draining.wait(TROUBLED)
 
     def _prepare(self) -> None:
         with suppress(SQLAlchemyError):
@@ -194,48 +188,70 @@ class Worker:
             for id_, one in held.items():
                 one.wanted = one.wanted and id_ in still
 
+    def _tidy(self) -> None:
+        """Keep to the room on the disk."""
+        while True:
+            try:
+                removed = make_room(self._config.out, self._store, self._uploads, self._config.disk * 2**30)
+            except (SQLAlchemyError, OSError):
+                log.exception("old jobs can't be removed")
+            else:
+                if removed:
+                    log.info("old jobs removed", extra={"jobs": removed})
+            if self._ended.wait(TIDY):
+                return
+
     def _draw(self, jobs: Sequence[JobRow]) -> None:
         """Draw jobs of one shape, in batches that may cross from one to the next."""
+        held = {job.id: Held(job) for job in jobs}
         with self._lock:
-            self._held = {job.id: Held(job) for job in jobs}
+            self._held |= held
         started = time.monotonic()
         for job in jobs:
             log.info("job started", extra={"job": job.id, "model": job.model, "attempt": job.attempts})
             self._changes.tell(job.id)
         try:
-            self._draw_held([held for held in self._held.values() if not self._given_up(held)])
-        except Halt:
-            given_back = self._store.give_back(self.id) if self._halting.is_set() else 0
+            self._draw_held([one for one in held.values() if not self._given_up(one)])
+            self._keeper.then(lambda: self._let_go(held, started))
+        except Exception as error:
+            self._let_go(held, started)
+            if not isinstance(error, Halt):
+                raise
+            self._keeper.settle()
+            given_back = self._store.give_back(self.id)
             log.info("drawing stopped", extra={"given_back": given_back})
-        finally:
-            with self._lock:
-                self._held = {}
-            self._metrics.drawing.observe(time.monotonic() - started)
-            for job in jobs:
-                self._changes.tell(job.id)
+
+    def _let_go(self, held: Mapping[str, Held], started: float) -> None:
+        with self._lock:
+            self._held = {id_: one for id_, one in self._held.items() if one is not held.get(id_)}
+        self._metrics.drawing.observe(time.monotonic() - started)
+        for id_ in held:
+            self._changes.tell(id_)
 
     def _given_up(self, held: Held) -> bool:
         if held.row.attempts <= self._config.attempts:
             return False
-        self._fail(held, f"{self._config.attempts} servers ended while they drew this; try other settings.", fault=True)
+        self._keeper.fail(
+            held, f"{self._config.attempts} servers ended while they drew this; try other settings.", fault=True
+        )
         return True
 
     def _draw_held(self, jobs: Sequence[Held]) -> None:
         if not jobs:
             return
+        name, texts = jobs[0].row.model, jobs[0].row.settings.get("loras", ())
         try:
-            name = jobs[0].row.model
             if name not in self._shelf.specs:
                 raise ModelError(f"There is no model {name} on this server any more.")
-            model = self._shelf.get(name)
+            model = self._shelf.get(name, tuple(lora for _, lora in self._shelf.chosen(texts)))
             todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held)]
         except SQLAlchemyError:
             raise
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("the model can't be used", extra={"model": name})
-            for held in jobs:
-                self._fail(held, _sentence(error), fault=True)
+            for held in jobs:  # of a LoRA that is not for the model, who chose it is to blame
+                self._keeper.fail(held, _sentence(error), fault=not (texts and isinstance(error, UserError)))
             return
         size = self._batch_size
         for start in range(0, len(todo), size):
@@ -247,14 +263,15 @@ class Worker:
         """The pictures that a job still lacks: all, unless a server died while it drew it."""
         there = {image.number for image in self._store.images([held.row.id])}
         draws = to_draw(spec, JobRequest(**held.row.settings), self._uploads)
-        if not there:  # of a server that died between a file and its row
-            shutil.rmtree(self._folder(held.row.id), ignore_errors=True)
+        if not there:
+            self._keeper.clear(held.row.id)
         held.step = sum(draws[number].steps_taken for number in there)
         return [(number, job) for number, job in enumerate(draws) if number not in there]
 
     def _draw_batch(self, model: Model, batch: Sequence[tuple[Held, int, Job]]) -> None:
-        """Draw and keep pictures of one shape; where they fail together, each is tried alone."""
-        before = {held.row.id: held.step for held, _, _ in batch}
+        """Draw pictures of one shape, which are kept meanwhile; where they fail together, each is tried alone."""
+        of_id = {held.row.id: held for held, _, _ in batch}
+        before = {id_: held.step for id_, held in of_id.items()}
         shares = Counter(held.row.id for held, _, _ in batch)
         advanced = 0
 
@@ -263,26 +280,26 @@ class Worker:
             advanced += amount
             self._metrics.steps.inc(amount)
             for id_, share in shares.items():
-                self._held[id_].step = before[id_] + advanced * share // len(batch)
+                of_id[id_].step = before[id_] + advanced * share // len(batch)
                 self._changes.tell(id_, step=True)
             if self._halting.is_set() or not any(held.wanted for held, _, _ in batch):
                 raise Halt
 
-        def on_preview(job: Job, image: Image) -> None:
+        def on_preview(job: Job, image: Callable[[], Image]) -> None:
             held = next(held for held, _, one in batch if one == job)
             if self._changes.followed(held.row.id):
-                held.preview = _jpeg(image)
+                held.preview = _jpeg(image())
 
         try:
             jobs = [job for _, _, job in batch]
             pictures = list(model.draw(jobs, batch_size=len(batch), on_step=on_step, on_preview=on_preview))
-            for (held, number, _), picture in zip(batch, pictures, strict=True):
-                self._keep(held, number, picture)
+            drawn = [
+                (held, number, model.scored(picture, held.best_of) if held.best_of else picture)
+                for (held, number, _), picture in zip(batch, pictures, strict=True)
+            ]
         except Halt:
             if self._halting.is_set():
                 raise
-        except (SQLAlchemyError, CannotKeep):
-            raise
         except Exception as error:
             if len(batch) > 1:
                 for held, number, job in batch:
@@ -291,41 +308,10 @@ class Worker:
                 return
             if not isinstance(error, UserError):
                 log.exception("drawing failed", extra={"job": batch[0][0].row.id})
-            self._fail(batch[0][0], _sentence(error), fault=not isinstance(error, UserError))
-
-    def _keep(self, held: Held, number: int, picture: Picture) -> None:
-        if not held.wanted:
-            return
-        job = held.row
-        try:
-            path = picture.save(self._folder(job.id))
-        except OSError as error:
-            raise CannotKeep(str(error)) from error
-        file = path.relative_to(self._config.out).as_posix()
-        image = ImageRow(
-            id=new_id(), job=job.id, number=number, file=file, width=picture.image.width, height=picture.image.height
-        )
-        last = number == job.pictures - 1
-        if self._store.keep(self.id, image, step=job.steps if last else held.step, last=last):
-            self._metrics.pictures.labels(job.model).inc()
-            if last:
-                self._ended_as(held, "done")
+            self._keeper.settle()  # what the job has so far stays
+            self._keeper.fail(batch[0][0], _sentence(error), fault=not isinstance(error, UserError))
         else:
-            held.wanted = False
-            path.unlink(missing_ok=True)
-        self._changes.tell(job.id)
-
-    def _fail(self, held: Held, error: str, *, fault: bool) -> None:
-        held.wanted = False
-        if self._store.fail(self.id, held.row.id, error, fault=fault):
-            self._ended_as(held, "failed")
-
-    def _ended_as(self, held: Held, state: str) -> None:
-        self._metrics.ended.labels(state).inc()
-        log.info("job ended", extra={"job": held.row.id, "state": state})
-
-    def _folder(self, job: str) -> Path:
-        return self._config.out / PICTURES / job[:2] / job
+            self._keeper.begin(drawn)
 
 
 def _jpeg(image: Image) -> bytes:
@@ -341,4 +327,4 @@ def _sentence(error: Exception) -> str:
     """What a client is told."""
     if isinstance(error, UserError):
         return str(error)
-    return "Limner failed while drawing this; the server's log says more."
+    return FAILED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -83,11 +83,11 @@ def _previewer(file: Path) -> OnPreview:
     """Writes previews into a file, each over the last, but not more often than eyes and disks can follow."""
     last = 0.0
 
-    def write(_: Job, image: Image) -> None:
+    def write(_: Job, image: Callable[[], Image]) -> None:
         nonlocal last
         if time.monotonic() - last >= PREVIEW_EVERY:
             with artifacts.atomic_file(file) as hidden:
-                image.save(hidden, "PNG")
+                image().save(hidden, "PNG")
             last = time.monotonic()
 
     return write

@@ -16,6 +16,8 @@ from limner.generation.jobs import count_parameters
 
 log = logging.getLogger("limner.serve")
 
+BACKLOG = 2048  # connections that wait to be taken, as Uvicorn has it
+
 
 def run(config: ServeConfig) -> None:
     """Serve until told to end: SIGTERM or Ctrl-C finishes what is being drawn, a second one hands it back at once.
@@ -88,6 +90,7 @@ def _listen(host: str, port: int) -> socket.socket:
         if os.name == "posix" and sys.platform != "cygwin":
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen(BACKLOG)  # who comes before the server is ready waits, and is not refused
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"Can't listen at {host}:{port} ({reason}); choose another --port or --host.") from None

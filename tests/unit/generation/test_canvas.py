@@ -226,7 +226,7 @@ def test_previews_are_linear_in_latents_and_like_the_decoder(root: Path) -> None
 def test_previews_come_each_step_and_change_nothing(root: Path, name: str) -> None:
     model, shown = Model.load(str(root / name), "cpu"), list[tuple[str, Image.Image]]()
     jobs = make_jobs(model.spec, [PROMPT, "A cat."], steps=5, seed=2)
-    pictures = list(model.draw(jobs, on_preview=lambda job, image: shown.append((job.prompt, image))))
+    pictures = list(model.draw(jobs, on_preview=lambda job, image: shown.append((job.prompt, image()))))
     each = 5 + (name == "pndm")  # which takes a timestep more than steps
     assert [prompt for prompt, _ in shown] == [PROMPT] * each + ["A cat."] * each
     assert {image.size for _, image in shown} == {(SIDE, SIDE)}

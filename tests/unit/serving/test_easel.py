@@ -27,7 +27,7 @@ def job(**changed: Any) -> JobView:
         "step": 5,
         "steps": 12,
         "settings": SETTINGS,
-        "images": [ImageView(id="a", url="/v1/images/a", seed=7, width=16, height=16)],
+        "images": [ImageView(id="a", url="/v1/images/a", seed=7, width=16, height=16, score=None)],
         "error": None,
         "fault": False,
         "created": 0.0,

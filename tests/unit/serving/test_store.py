@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from databases import new_database, postgres
 from limner.errors import ConfigError, RunError
 
 pytest.importorskip("sqlalchemy")
@@ -19,29 +18,6 @@ from limner.serving.tables import ImageRow, JobRow
 from limner.serving.tokens import digest, new_token
 
 LEASE = 60.0
-_names = (f"limner{number}" for number in itertools.count())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A PostgreSQL server."""
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
-    """Opens the same database again and again, as several servers would."""
-    url = new_database(request.getfixturevalue("server"), next(_names)) if request.param == "postgresql" else None
-    return lambda: Store(tmp_path, url)
-
-
-@pytest.fixture
-def store(opened: Callable[[], Store]) -> Iterator[Store]:
-    """An empty queue."""
-    store = opened()
-    yield store
-    store.close()
 
 
 def job(shape: str = "a", owner: str = "", pictures: int = 1, created: float | None = None) -> JobRow:
@@ -58,14 +34,15 @@ def add(store: Store, row: JobRow, *, queue: int = 100, rate: int = 100, open_jo
     return store.add(row, queue=queue, rate=rate, open_jobs=open_jobs)
 
 
-def picture(row: JobRow, number: int = 0) -> ImageRow:
+def picture(row: JobRow, number: int = 0, **facts: Any) -> ImageRow:
     """One of a job."""
-    return ImageRow(id=new_id(), job=row.id, number=number, file=f"{row.id}-{number}.png", width=8, height=8)
+    file = f"{row.id}-{number}.png"
+    return ImageRow(id=new_id(), job=row.id, number=number, file=file, width=8, height=8, **facts)
 
 
 def test_first_come_first_served(store: Store) -> None:
     rows = [add(store, job(shape=str(i))) for i in range(3)]
-    assert [store.place(row) for row in rows] == [0, 1, 2]
+    assert [store.places([row.number])[row.number] for row in rows] == [0, 1, 2]
     taken = [store.take("w", pictures=1, lease=LEASE)[0].id for _ in rows]
     assert taken == [row.id for row in rows]
     assert store.take("w", pictures=1, lease=LEASE) == []
@@ -85,7 +62,7 @@ def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: S
     def work(worker: str, own: Store) -> None:
         while jobs := own.take(worker, pictures=2, lease=LEASE):
             taken.extend(row.id for row in jobs)
-            assert all(own.keep(worker, picture(row), step=4, last=True) for row in jobs)
+            assert all(own.keep(worker, picture(row), step=4, last=True) == [] for row in jobs)
         own.close()
 
     threads = [threading.Thread(target=work, args=(f"w{i}", opened())) for i in range(4)]
@@ -103,10 +80,10 @@ def test_a_lease_that_ran_out_is_taken_over_and_the_late_one_changes_nothing(sto
     again = store.take("quick", pictures=1, lease=LEASE)
     assert (again[0].id, again[0].attempts) == (row.id, 2)
     assert store.renew("slow", {row.id: 3}, LEASE) == set()
-    assert not store.keep("slow", picture(row), step=4, last=True)
+    assert store.keep("slow", picture(row), step=4, last=True) is None
     assert not store.fail("slow", row.id, "no", fault=True)
     assert store.renew("quick", {row.id: 3}, LEASE) == {row.id}
-    assert store.keep("quick", picture(row), step=4, last=True)
+    assert store.keep("quick", picture(row), step=4, last=True) == []
     assert not store.cancel(row.id, None)
     ended = store.get(row.id)
     assert ended is not None
@@ -118,7 +95,7 @@ def test_a_cancelled_job_keeps_no_picture(store: Store) -> None:
     row = add(store, job())
     store.take("w", pictures=1, lease=LEASE)
     assert store.cancel(row.id, 2)
-    assert not store.keep("w", picture(row), step=4, last=True)
+    assert store.keep("w", picture(row), step=4, last=True) is None
     assert store.renew("w", {row.id: 3}, LEASE) == set()
     ended = store.get(row.id)
     assert ended is not None
@@ -178,6 +155,34 @@ def test_each_sees_its_own(store: Store) -> None:
         assert bool(store.listed(owner=owner, limit=5)) is sees
 
 
+def test_the_best_stay_when_a_job_ends(store: Store) -> None:
+    row = add(store, job(pictures=4))
+    store.take("w", pictures=4, lease=LEASE)
+    scores = (0.1, 0.3, 0.3, 0.2)
+    for number, score in enumerate(scores[:3]):
+        assert store.keep("w", picture(row, number, score=score), step=number, last=False, best=2) == []
+    gone = store.keep("w", picture(row, 3, score=scores[3]), step=4, last=True, best=2)
+    assert sorted(gone or []) == [f"{row.id}-0.png", f"{row.id}-3.png"]
+    assert [image.number for image in store.images([row.id])] == [1, 2]
+
+
+def test_tables_of_an_earlier_version_get_the_new_columns(opened: Callable[[], Store]) -> None:
+    before = opened()
+    row = add(before, job())
+    with before.engine.begin() as connection:
+        for column in ("bytes", "score"):
+            connection.exec_driver_sql(f"ALTER TABLE images DROP COLUMN {column}")
+        values = (f"'{new_id()}'", f"'{row.id}'", "0", "'a.png'", "8", "8")
+        connection.exec_driver_sql(
+            f"INSERT INTO images (id, job, number, file, width, height) VALUES ({', '.join(values)})"
+        )
+    before.close()
+    after = opened()
+    (image,) = after.images([row.id])
+    assert (image.file, image.bytes, image.score) == ("a.png", 0, None)
+    after.close()
+
+
 def test_pages_of_the_list(store: Store) -> None:
     numbers = [add(store, job()).number for _ in range(5)]
     first = store.listed(limit=2)
@@ -222,11 +227,11 @@ def test_many_servers_may_begin_at_once(opened: Callable[[], Store]) -> None:
 
 
 def test_ten_thousand_jobs_are_no_hardship(store: Store) -> None:
-    with store._session(write=True) as session:
+    with store.session(write=True) as session:
         session.add_all([job(shape=str(i % 7)) for i in range(10_000)])
     started = time.process_time()
     last = add(store, job(), queue=20_000)
-    assert store.place(last) == 10_000
+    assert store.places([last.number]) == {last.number: 10_000}
     assert len(store.take("w", pictures=8, lease=LEASE)) == 8
     assert len(store.listed(limit=50)) == 50
     assert time.process_time() - started < 1

@@ -1,0 +1,86 @@
+"""The way to the page, which opens once the server draws: Gradio takes seconds to load, and programs need not wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.util import find_spec
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.routing import Mount
+
+from limner.serving.service import Service
+
+log = logging.getLogger("limner.serve")
+
+PATH = "/page"
+LOOK = 0.05  # seconds between looks whether the server draws
+WAIT = (
+    '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="1"><title>Limner</title>'
+    '<meta name="color-scheme" content="light dark"><p style="font-family: system-ui; margin: 3em">Limner is starting.'
+)
+ICON = (  # a picture in its frame
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#0d9488"/>'
+    '<path d="M3 12l3-5 2.5 3.5L10 9l3 3z" fill="white"/></svg>'
+)
+
+
+def add(app: FastAPI) -> None:
+    """Lead people from / to the page, and let those who come early wait."""
+
+    @app.get("/", include_in_schema=False)
+    def to_the_page() -> RedirectResponse:
+        return RedirectResponse(f"{PATH}/")
+
+    @app.get(f"{PATH}/", include_in_schema=False)
+    def wait() -> HTMLResponse:
+        return HTMLResponse(WAIT, headers={"Cache-Control": "no-store"})
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml")
+
+    @app.get("/manifest.json", include_in_schema=False)  # where Gradio's page looks for it
+    def to_the_manifest() -> RedirectResponse:
+        return RedirectResponse(f"{PATH}/manifest.json")
+
+
+@asynccontextmanager
+async def opening(app: FastAPI, service: Service) -> AsyncIterator[None]:
+    """Open the page while the server runs; where Gradio is not installed there is none."""
+    if find_spec("gradio") is None:
+        log.warning("no page: gradio is missing; pip install 'limner[serve]' brings it")
+        yield
+        return
+    add(app)
+    ending = asyncio.Event()
+    page = asyncio.create_task(_open(app, service, ending))
+    yield
+    ending.set()
+    await page
+
+
+async def _open(app: FastAPI, service: Service, ending: asyncio.Event) -> None:
+    """Load the page, put it at `PATH`, and keep it going until the end."""
+    while not (service.worker.ready or ending.is_set()):
+        await asyncio.sleep(LOOK)
+    if ending.is_set():
+        return
+    try:
+        inner = await run_in_threadpool(_load, service)
+    except Exception:  # programs can do without
+        log.exception("the page can't be opened")
+        return
+    async with inner.router.lifespan_context(inner):
+        app.router.routes.insert(0, Mount(PATH, inner.routes[-1].app))  # type: ignore[attr-defined]
+        await ending.wait()
+
+
+def _load(service: Service) -> FastAPI:
+    from limner.serving import page
+
+    return page.application(service, PATH)

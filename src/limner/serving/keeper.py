@@ -1,0 +1,138 @@
+"""What is drawn is put on disk and into the database, by a thread of its own while the next pictures are drawn."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from limner.serving.changes import Changes
+from limner.serving.metrics import Metrics
+from limner.serving.store import Store, new_id
+from limner.serving.tables import ImageRow, JobRow
+
+if TYPE_CHECKING:
+    from limner.generation.model import Picture
+
+log = logging.getLogger("limner.serve")
+
+PICTURES = "pictures"
+FAILED = "Limner failed while drawing this; the server's log says more."
+
+
+class CannotKeep(Exception):
+    """A picture is drawn, and there is no place for it."""
+
+
+@dataclass
+class Held:
+    """A job that is being drawn here."""
+
+    row: JobRow
+    step: int = 0
+    preview: bytes | None = None
+    """JPEG of what the picture that is drawn now is going to look like, roughly."""
+    wanted: bool = True
+    """Whether it still is; not when it was cancelled, or taken over."""
+
+    @property
+    def best_of(self) -> int | None:
+        """Of how many pictures the best are kept, where not all are."""
+        best_of: int | None = self.row.settings.get("best_of")
+        return best_of
+
+
+def folder_of(out: Path, job: str) -> Path:
+    """Where the pictures of a job lie, below the server's folder."""
+    return out / PICTURES / job[:2] / job
+
+
+class Keeper:
+    """Keeps pictures in the order in which they were drawn, for a worker."""
+
+    def __init__(self, worker: str, out: Path, store: Store, changes: Changes, metrics: Metrics) -> None:
+        self._worker, self._out, self._store, self._changes, self._metrics = worker, out, store, changes, metrics
+        self._thread = ThreadPoolExecutor(1, "keep")
+        self._last: Future[None] | None = None
+
+    def begin(self, pictures: Sequence[tuple[Held, int, Picture]]) -> None:
+        """Keep pictures, each with its job and its number there, once those before them are. Raises as `settle`."""
+        self.settle()  # so that no more than one batch waits, and what went wrong is heard
+        self._last = self._thread.submit(self._keep_all, pictures)
+
+    def then(self, act: Callable[[], None]) -> None:
+        """Do something when all before it is kept."""
+        self._thread.submit(act)
+
+    def settle(self) -> None:
+        """Wait until all is kept. Raises CannotKeep or SQLAlchemyError where that failed."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Let go of the thread."""
+        self._thread.shutdown()
+
+    def fail(self, held: Held, error: str, *, fault: bool) -> None:
+        """End a job, saying why and whose fault it is."""
+        held.wanted = False
+        if self._store.fail(self._worker, held.row.id, error, fault=fault):
+            self._ended_as(held, "failed")
+
+    def _keep_all(self, pictures: Sequence[tuple[Held, int, Picture]]) -> None:
+        for held, number, picture in pictures:
+            try:
+                self._keep(held, number, picture)
+            except (SQLAlchemyError, CannotKeep):
+                raise
+            except Exception:
+                log.exception("keeping failed", extra={"job": held.row.id})
+                self.fail(held, FAILED, fault=True)
+
+    def _keep(self, held: Held, number: int, picture: Picture) -> None:
+        if not held.wanted:
+            return
+        job, record = held.row, picture.record
+        try:
+            path = picture.save(folder_of(self._out, job.id))
+            size = path.stat().st_size
+        except OSError as error:
+            raise CannotKeep(str(error)) from error
+        image = ImageRow(
+            id=new_id(),
+            job=job.id,
+            number=number,
+            file=path.relative_to(self._out).as_posix(),
+            width=picture.image.width,
+            height=picture.image.height,
+            bytes=size,
+            score=record.get("score"),
+        )
+        last = number == job.pictures - 1
+        best = job.settings["n"] if held.best_of else None
+        others = self._store.keep(self._worker, image, step=job.steps if last else held.step, last=last, best=best)
+        if others is None:
+            held.wanted = False
+            path.unlink(missing_ok=True)
+        else:
+            self._metrics.pictures.labels(job.model).inc()
+            if last:
+                self._ended_as(held, "done")
+        for other in others or ():
+            (self._out / other).unlink(missing_ok=True)
+        self._changes.tell(job.id)
+
+    def _ended_as(self, held: Held, state: str) -> None:
+        self._metrics.ended.labels(state).inc()
+        log.info("job ended", extra={"job": held.row.id, "state": state})
+
+    def clear(self, job: str) -> None:
+        """Remove the pictures of a job that has none, of a server that died between a file and its row."""
+        shutil.rmtree(folder_of(self._out, job), ignore_errors=True)

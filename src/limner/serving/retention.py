@@ -1,0 +1,73 @@
+"""Room on the disk: the jobs that ended longest ago go, with their pictures, and what no job begins with any more."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from sqlalchemy import delete, func, select
+
+from limner.serving.keeper import folder_of
+from limner.serving.store import Store
+from limner.serving.tables import OPEN, ImageRow, JobRow
+from limner.serving.uploads import Uploads
+
+ROW = 4096  # bytes that a job takes in the database, about
+RECENT = 60  # seconds that an ended job stays, whatever it takes, for those who wait for it
+AT_ONCE = 100  # jobs removed in one transaction
+
+
+def make_room(out: Path, store: Store, uploads: Uploads, room: float) -> int:
+    """Remove what is oldest until the rest takes no more than `room` bytes. -> the jobs that were removed.
+
+    Jobs that have not ended stay. Files go before their rows, so that one who is killed meanwhile leaves nothing that
+    nobody knows. Raises SQLAlchemyError and OSError.
+    """
+    removed = 0
+    while taken(store, uploads) > room:
+        uploads.remove_others(_begun_with(store))
+        jobs = _oldest(store, taken(store, uploads) - room)
+        if not jobs:
+            break
+        for job in jobs:
+            shutil.rmtree(folder_of(out, job), ignore_errors=True)
+        with store.session(write=True) as session:
+            session.execute(delete(ImageRow).where(ImageRow.job.in_(jobs)))
+            session.execute(delete(JobRow).where(JobRow.id.in_(jobs)))
+        removed += len(jobs)
+    return removed
+
+
+def taken(store: Store, uploads: Uploads) -> int:
+    """Bytes that jobs, their pictures and what they began with take."""
+    with store.session(write=False) as session:
+        pictures = session.scalar(select(func.coalesce(func.sum(ImageRow.bytes), 0))) or 0
+        jobs = session.scalar(select(func.count()).select_from(JobRow)) or 0
+    return int(pictures) + jobs * ROW + uploads.size()
+
+
+def _oldest(store: Store, excess: float) -> list[str]:
+    """Jobs that ended, as many as take about `excess` bytes."""
+    size = func.coalesce(func.sum(ImageRow.bytes), 0)
+    ended = select(JobRow.id, size).outerjoin(ImageRow, ImageRow.job == JobRow.id)
+    ended = ended.where(JobRow.state.not_in(OPEN), JobRow.finished < time.time() - RECENT)
+    ended = ended.group_by(JobRow.number, JobRow.id).order_by(JobRow.number).limit(AT_ONCE)
+    jobs = []
+    with store.session(write=False) as session:
+        for job, pictures in session.execute(
+            ended.group_by(JobRow.number, JobRow.id).order_by(JobRow.number).limit(AT_ONCE)
+        ):
+            if excess <= 0:
+                break
+            jobs.append(job)
+            excess -= int(pictures) + ROW
+    return jobs
+
+
+def _begun_with(store: Store) -> set[str]:
+    """Digests of the pictures and masks of all jobs."""
+    image, mask = (JobRow.settings[name].as_string() for name in ("image", "mask"))
+    with store.session(write=False) as session:
+        rows = session.execute(select(image, mask).where(image.is_not(None)))
+        return {digest for row in rows for digest in row if digest is not None}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import re
 import subprocess
@@ -92,11 +93,10 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def load(server: Server, clients: int, pictures: int) -> dict[str, float]:
-    """Draw so many pictures for so many clients at once, each waiting for its own, while another asks for the list."""
+    """Draw so many pictures for so many clients at once, each waiting for its own."""
     numbers = iter(range(pictures))
-    lock, over = threading.Lock(), threading.Event()
+    lock = threading.Lock()
     drawn: list[float] = []
-    listed: list[float] = []
     statuses: set[int] = set()
 
     def draw() -> None:
@@ -111,24 +111,28 @@ def load(server: Server, clients: int, pictures: int) -> dict[str, float]:
             statuses.add(status)
             drawn.append(seconds)
 
-    def look() -> None:
-        while not over.wait(0.02):
-            listed.append(server.request("GET", "/v1/jobs?limit=10")[1])
-
     threads = [threading.Thread(target=draw) for _ in range(clients)]
-    looker = threading.Thread(target=look)
     started = time.perf_counter()
-    for thread in (*threads, looker):
+    for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     taken = time.perf_counter() - started
-    over.set()
-    looker.join()
     if statuses != {200}:
         sys.exit(f"The server answered {statuses}.")
-    figures = {"pictures_a_second": round(pictures / taken, 2), **percentiles(drawn)}
-    return figures | {f"get_{name}": value for name, value in percentiles(listed).items()}
+    return {"pictures_a_second": round(pictures / taken, 2), **percentiles(drawn)}
+
+
+def looks(server: Server, count: int) -> dict[str, dict[str, float]]:
+    """How long routes take to answer, asked ten times a second, while pictures are drawn for 8 clients."""
+    drawing = threading.Thread(target=load, args=(server, 8, count // 4))
+    drawing.start()
+    seconds: dict[str, list[float]] = {"/v1/jobs?limit=10": [], "/v1/models": [], "/readyz": []}
+    for _, path in zip(range(count), itertools.cycle(seconds)):
+        time.sleep(0.1)
+        seconds[path].append(server.request("GET", path)[1])
+    drawing.join()
+    return {path: percentiles(taken) for path, taken in seconds.items()}
 
 
 def cold_generate(folder: Path) -> float:
@@ -151,11 +155,14 @@ def main() -> None:
         try:
             figures["ready_s"] = round(server.ready(), 2)
             figures["idle_mib"] = server.memory()
+            print(figures, flush=True)
             model = limner.load("builtin")
             engine = []
             for n in CLIENTS:  # in turns, since a machine's speed drifts
                 engine.append(bare(model, arguments.pictures // len(CLIENTS)))
                 figures[f"clients_{n}"] = load(server, n, arguments.pictures)
+                print(f"clients {n}: {figures[f'clients_{n}']}, engine {engine[-1]:.2f}", flush=True)
+            figures["get_while_drawing"] = looks(server, arguments.pictures * 3)
         finally:
             server.end()
     figures["engine_pictures_a_second"] = round(float(np.median(engine)), 2)

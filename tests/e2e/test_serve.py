@@ -340,16 +340,19 @@ def test_pages_of_other_sites_are_refused(server: Server) -> None:
 def test_clients_that_leave_in_the_middle_lose_nothing(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
 
+    def newest() -> Any:
+        return server.call("GET", "/v1/jobs?limit=1")[1]["jobs"][0]
+
     def leave(method: str, path: str, body: dict[str, Any] | None = None) -> None:
-        """Ask, wait for the first bytes of the answer where it is a stream, and hang up without a word."""
+        """Ask, wait until the stream or the job has begun, and hang up without a word."""
         content = b"" if body is None else json.dumps(body).encode()
         head = [f"{method} {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall("\r\n".join([*head, f"Content-Length: {len(content)}", "", ""]).encode() + content)
             if body is None:
                 assert b" 200 " in connection.recv(100)
-            else:
-                time.sleep(0.1)
+            while body is not None and newest()["settings"]["prompt"] != body["prompt"]:
+                time.sleep(0.02)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # with a reset
 
     job = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 50, "n": 2})[1]["id"]
@@ -357,9 +360,7 @@ def test_clients_that_leave_in_the_middle_lose_nothing(server: Server) -> None:
         leave("GET", f"/v1/jobs/{job}/events")
     leave("POST", "/v1/images/generations", {"prompt": "A cat that nobody waits for.", "steps": 20})
     assert server.ended(job)["state"] == "done"
-    (newest,) = server.call("GET", "/v1/jobs?limit=1")[1]["jobs"]
-    assert newest["settings"]["prompt"] == "A cat that nobody waits for."
-    assert server.ended(newest["id"])["state"] == "done"
+    assert server.ended(newest()["id"])["state"] == "done"
     assert not [line for line in server.lines() if line["level"] == "error"]
 
 

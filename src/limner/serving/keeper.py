@@ -125,13 +125,15 @@ class Keeper:
             self._metrics.pictures.labels(job.model).inc()
             if last:
                 self._ended_as(held, "done")
+            else:
+                self._changes.tell(job.id, step=True)
         for other in others or ():
             (self._out / other).unlink(missing_ok=True)
-        self._changes.tell(job.id)
 
     def _ended_as(self, held: Held, state: str) -> None:
         self._metrics.ended.labels(state).inc()
         log.info("job ended", extra={"job": held.row.id, "state": state})
+        self._changes.tell(held.row.id)
 
     def clear(self, job: str) -> None:
         """Remove the pictures of a job that has none, of a server that died between a file and its row."""

@@ -32,6 +32,8 @@ from limner.serving.worker import POLL, Worker, shape_of, to_draw
 
 log = logging.getLogger("limner.serve")
 
+ELSEWHERE = 2.0  # seconds between looks whether a job ended that another server may have drawn
+
 
 class UnknownModel(ConfigError):
     """A model that is not on the server's list."""
@@ -210,13 +212,14 @@ class Service:
         """A job once it has ended. Raises Draining where it will not while this server runs."""
         with self.changes.of(id_, steps=False) as waiter:
             while True:
-                row = await run_in_threadpool(self.store.get, id_)
-                assert row is not None
-                if row.state not in OPEN:
-                    return (await run_in_threadpool(self._views, [row]))[0]
-                if self.draining and row.state == "queued":
+                state = await run_in_threadpool(self.store.state, id_)
+                if state not in OPEN:
+                    job = await run_in_threadpool(self.get, id_)
+                    assert job is not None
+                    return job
+                if self.draining and state == "queued":
                     raise Draining(id_)
-                await waiter.wait(POLL)
+                await waiter.wait(ELSEWHERE)
 
     def _views(self, rows: Sequence[JobRow]) -> list[JobView]:
         images: dict[str, list[ImageRow]] = {}

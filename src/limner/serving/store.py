@@ -129,6 +129,11 @@ class Store:
         with self.session(write=False) as session:
             return session.scalar(select(JobRow).where(JobRow.id == id_, *_owned(owner)))
 
+    def state(self, id_: str) -> State:
+        """How a job stands that is known to be there, at little cost."""
+        with self.session(write=False) as session:
+            return session.scalars(select(JobRow.state).where(JobRow.id == id_)).one()  # type: ignore[return-value]
+
     def places(self, numbers: Collection[int]) -> dict[int, int]:
         """How many queued jobs stand before each of those of these numbers that are queued."""
         if not numbers:

@@ -209,7 +209,7 @@ class Worker:
         started = time.monotonic()
         for job in jobs:
             log.info("job started", extra={"job": job.id, "model": job.model, "attempt": job.attempts})
-            self._changes.tell(job.id)
+            self._changes.tell(job.id, step=True)
         try:
             self._draw_held([one for one in held.values() if not self._given_up(one)])
             self._keeper.then(lambda: self._let_go(held, started))
@@ -225,8 +225,6 @@ class Worker:
         with self._lock:
             self._held = {id_: one for id_, one in self._held.items() if one is not held.get(id_)}
         self._metrics.drawing.observe(time.monotonic() - started)
-        for id_ in held:
-            self._changes.tell(id_)
 
     def _given_up(self, held: Held) -> bool:
         if held.row.attempts <= self._config.attempts:

@@ -272,11 +272,15 @@ def test_figures_are_by_level(unet: Path) -> None:
     assert figures["loss"] == pytest.approx(sum(levels) / len(levels))
 
 
-def test_pictures_without_captions_teach_too(uncaptioned: Path, clip: Path, vae: Path, tmp_path: Path) -> None:
+def test_pictures_without_captions_teach_too(
+    uncaptioned: Path, clip: Path, vae: Path, judge: Path, tmp_path: Path
+) -> None:
     shutil.copytree(uncaptioned, tmp_path / "data")
     file = tmp_path / "data" / "train" / "metadata.jsonl"
     file.write_text(file.read_text().replace('"captions": []', '"captions": ["A shape."]', 1))
     cache = encode.run(config(EncodeConfig, tmp_path / "data", tmp_path / "latents", clip=str(clip), vae=str(vae)))
+    with pytest.raises(DataError, match="has a caption to draw for the judge; leave it out"):
+        train_unet.run(config(TrainUnetConfig, cache, tmp_path / "r", images=8, judge=str(judge)))
     run = train_unet.run(config(TrainUnetConfig, cache, tmp_path / "r", images=8))
     assert (run / "samples" / "000000008" / "drawn.png").exists()
 
@@ -292,12 +296,6 @@ def test_a_judge_that_can_not_judge_is_refused_before_the_training(
         train_unet.run(config(TrainUnetConfig, latents, out, judge=str(clip)))
     moved = tmp_path / "moved"
     shutil.copytree(latents, moved)
-    captions = moved / "cache" / "val" / "captions.json"
-    told = captions.read_text()
-    captions.write_text(json.dumps([[] for _ in json.loads(told)]))
-    with pytest.raises(DataError, match="has a caption to draw for the judge; leave it out"):
-        train_unet.run(config(TrainUnetConfig, moved, out, judge=str(judge)))
-    captions.write_text(told)
     settings = read_json(moved / "config.json")
     (moved / "config.json").write_text(json.dumps({**settings, "data": str(tmp_path / "gone")}))
     with pytest.raises(DataError, match="gone"):

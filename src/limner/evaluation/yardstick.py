@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limner.errors import ConfigError, ModelError
-from limner.evaluation.copies import SIDE, thumbnails
+from limner.evaluation.copies import BLOCK, SIDE, thumbnails
 from limner.evaluation.extractors import FILTER, Extractor, clip_extractor
 from limner.evaluation.features import caption_features
 from limner.evaluation.judge import WEIGHTS, load_judge
@@ -103,8 +103,7 @@ def extractor_facts(seen: Extractor) -> dict[str, Any]:
 def _heads(judge: Any) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def embed(seen: Tensor) -> Tensor:
-        features: Tensor = judge.heads.image(seen)
-        return features
+        return torch.cat([judge.heads.image(part) for part in seen.split(BLOCK)])
 
     return embed
 

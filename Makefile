@@ -48,9 +48,9 @@ $(VENV)/.image: $(REQUIREMENTS) | $(BIN)/python
 	$(BIN)/pip install -q -c constraints.txt -e .
 	@touch $@
 
-# clip-benchmark is the tests' oracle for recall. That part of it needs torch and tqdm alone, so the large packages that
-# it declares are left out, which an extra in pyproject.toml can't say.
+# clip-benchmark and torch-fidelity are the tests' oracles for recall and distances. These parts of them need torch and
+# tqdm alone, so the large packages that they declare are left out, which an extra in pyproject.toml can't say.
 $(VENV)/.dev: $(REQUIREMENTS) | $(BIN)/python
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps clip-benchmark
+	$(BIN)/pip install -q -c constraints.txt --no-deps clip-benchmark torch-fidelity
 	@touch $@ $(VENV)/.image

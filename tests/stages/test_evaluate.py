@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from browser import opened
 from commands import limner
+from limner.evaluation import plots
 from limner.models.clip import HALF, Clip
 from stages.conftest import prepared
 from tiny import tiny_clip, tiny_model, tiny_text_encoder, tiny_tokenizer, tiny_unet
 from trainings import shapes
 
+ROOT = Path(__file__).parents[2]
+SWEEP = "sweep-steps.png"
+UNET = "diffusion_pytorch_model.safetensors"
 FAST = ["--split", "val", "--steps", 2, "--device", "cpu", "--set", "attribute_seeds=1"]
 
 
@@ -134,13 +141,16 @@ def test_numbers_of_each_picture_are_kept(evaluated: Path) -> None:
         assert sum(own) / len(own) == pytest.approx(figures(row)["clip_score"]["value"])
 
 
-def test_again_with_another_batch_draws_nothing_and_finds_the_same(
+def test_again_with_another_batch_and_more_threads_draws_nothing_and_finds_the_same(
     folder: Path, dataset: Path, judge: Path, models: list[Path], evaluated: Path
 ) -> None:
     before = metrics(evaluated)
     drawn = {file: file.stat().st_mtime_ns for file in evaluated.rglob("*.png")}
-    again = ["--set", "batch_size=3", "--set", f"cache={folder / 'fresh'}"]
-    assert limner("evaluate", *models, "--data", dataset, "--judge", judge, "--out", evaluated, *FAST, *again) == 0
+    again = ["--set", "batch_size=3", "--set", "threads=2", "--set", f"cache={folder / 'fresh'}"]
+    try:
+        assert limner("evaluate", *models, "--data", dataset, "--judge", judge, "--out", evaluated, *FAST, *again) == 0
+    finally:
+        torch.set_num_threads(1)
     assert {file: file.stat().st_mtime_ns for file in evaluated.rglob("*.png")} == drawn
     for old, new in zip(before["contenders"], metrics(evaluated)["contenders"]):
         for name, figure in figures(old).items():
@@ -208,6 +218,70 @@ def test_the_page_needs_nothing_from_elsewhere(evaluated: Path) -> None:
     html = (evaluated / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', html)
     assert "<script" not in html
+
+
+# ---- the built-in model's report
+
+
+def test_the_report_of_the_documentation_tells_what_was_found(
+    evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("docs_report", ROOT / "docs" / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "docs_report", made)
+    spec.loader.exec_module(made)
+    monkeypatch.setattr(made, "FOLDER", tmp_path)
+    plots.plot_sweep("steps", [(1.0, figures(row)) for row in metrics(evaluated)["contenders"]], evaluated / SWEEP)
+    part = made.Part("clip", "Base against tuned", "One and two.", [], ["clip_score", "cmmd", "psnr"])
+    text = made.section(part, "limner evaluate one two", evaluated)
+    (evaluated / SWEEP).unlink()
+    assert "| figure | photographs | one | two |" in text
+    for row in metrics(evaluated)["contenders"]:
+        assert f"| {figures(row)['cmmd']['value']:.3g} (" in text
+    assert "two differs from one in " in text
+    for name in re.findall(r"\]\((.+?)\)", text):
+        with Image.open(tmp_path / name) as image:
+            assert image.format == "WEBP"
+    assert {file.name for file in tmp_path.iterdir()} == {"clip.webp", "sweep-steps.webp"}
+
+
+# ---- checkpoints
+
+
+def test_checkpoints_of_a_training_are_drawn_with_and_plotted(
+    data: Path, unet: Path, clip: Path, vae: Path, judge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [unet, "--checkpoints", "--data", data, "--judge", judge, "--out", tmp_path / "out", *FAST, "-n", 4]
+    assert limner("evaluate", *given, "--dry-run") == 0
+    assert "after 16, 32 images" in capfd.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert limner("evaluate", *given, "--set", "copies=false") == 0
+    rows = metrics(tmp_path / "out")["contenders"]
+    assert [row["settings"]["images seen"] for row in rows] == [16, 32]
+    assert figures(rows[0])["clip_score"]["value"] != figures(rows[1])["clip_score"]["value"]
+    assert (tmp_path / "out" / "sweep-images-seen.png").is_file()
+    models = sorted((tmp_path / "out" / "checkpoints").iterdir())
+    ends = [load_file(folder / "unet" / UNET) for folder in (models[1], unet / "model")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0]), "the last checkpoint is the result"
+    assert any(not torch.equal(ends[1][name], weight) for name, weight in load_file(models[0] / "unet" / UNET).items())
+
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "checkpoints").rglob("*")}
+    assert limner("evaluate", "--config", tmp_path / "out" / "config.json") == 0
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "checkpoints").rglob("*")} == written
+
+
+def test_what_has_no_checkpoints_is_refused(
+    capfd: pytest.CaptureFixture[str], given: list[object], clip: Path, unet: Path, tmp_path: Path
+) -> None:
+    assert "is no finished run of limner train unet" in refused(capfd, clip, "--checkpoints", *given)
+    assert "is no finished run of limner train unet" in refused(capfd, "builtin", "--checkpoints", *given)
+    assert "name its run alone" in refused(capfd, unet, clip, "--checkpoints", *given)
+    shutil.copytree(unet, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "keeps no checkpoints" in refused(capfd, tmp_path / "run", "--checkpoints", *given)
 
 
 # ---- folders of pictures

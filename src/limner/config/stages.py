@@ -224,6 +224,9 @@ class EvaluateConfig(StageConfig):
     left out."""
     guidance: Annotated[tuple[float, ...], FLAG] = ()
     """Guidance, likewise."""
+    checkpoints: Annotated[bool, FLAG] = False
+    """Take the one model for a `train unet` run and draw with each of its checkpoints: a plot shows the figures against
+    the images seen."""
     seed: Annotated[int, FLAG, Field(ge=0, lt=2**62)] = 0
     """Seed of the first picture; picture i has the seed `seed + i`."""
     device: Annotated[str | None, FLAG] = None
@@ -252,6 +255,8 @@ class EvaluateConfig(StageConfig):
     def _something_to_judge(self) -> Self:
         if not self.models and not self.images:
             raise ValueError("There is nothing to score; name a model behind limner evaluate, or a folder as --images")
+        if self.checkpoints and (len(self.models) != 1 or self.x):
+            raise ValueError("checkpoints are those of one training; name its run alone, without x")
         if self.x and len(self.x) != len(self.models):
             raise ValueError(f"x has {len(self.x)} numbers for {len(self.models)} models; give one a model")
         return self

@@ -5,6 +5,7 @@ All take float features of any extractor and compute in float64, since sums of m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -38,8 +39,8 @@ class Moments:
 
     def update(self, features: Tensor) -> None:
         """Count features (N, D) in."""
-        if len(features):
-            rows = features.double()
+        for part in features.split(BLOCK):
+            rows = part.double()
             mean = rows.mean(dim=0)
             self._merge(len(rows), mean, (rows - mean).T @ (rows - mean))
 
@@ -103,11 +104,20 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
 def _kernel_mean(one: Tensor, other: Tensor, own: bool = False) -> float:
     """Mean polynomial kernel over all pairs of rows; of one set with itself, without each row's pair with itself."""
     total, width = 0.0, one.shape[1]
-    for rows in one.double().split(BLOCK):
-        total += (rows @ other.double().T / width + 1).pow(3).sum().item()  # of (BLOCK, M)
+    for rows, columns in _tiles(one, other):
+        total += (rows @ columns.T / width + 1).pow(3).sum().item()  # of (BLOCK, BLOCK)
     if own:
-        total -= (one.double().square().sum(dim=1) / width + 1).pow(3).sum().item()
+        total -= sum((rows.double().square().sum(dim=1) / width + 1).pow(3).sum().item() for rows in one.split(BLOCK))
     return total / (len(one) * (len(other) - own))
+
+
+def _tiles(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs of rows in float64, a block of each set at a time: of large sets neither the matrix of pairs nor the
+    sets themselves, which may be files, come into memory whole.
+    """
+    for rows in one.split(BLOCK):
+        wide = rows.double()
+        yield from ((wide, columns.double()) for columns in other.split(BLOCK))
 
 
 def cmmd(one: Tensor, other: Tensor) -> float:
@@ -118,15 +128,14 @@ def cmmd(one: Tensor, other: Tensor) -> float:
     2012, equation 5), and so does this. So it is 0 for equal sets, never below 0 but for rounding, and above 0
     for two small samples of the same pictures: compare only figures from equally many.
     """
-    one, other = one.double(), other.double()  # the kernel is all but constant here, and float32 has no digits left
     return SCALE * (_mean_kernel(one, one) + _mean_kernel(other, other) - 2 * _mean_kernel(one, other))
 
 
 def _mean_kernel(one: Tensor, other: Tensor) -> float:
     """Mean of exp(-d^2 / (2 sigma^2)) over all pairs of rows, (N, E) and (M, E)."""
     total = 0.0
-    for rows in one.split(BLOCK):
-        total += torch.exp(squared_distances(rows, other) / (-2 * SIGMA**2)).sum().item()
+    for rows, columns in _tiles(one, other):  # the kernel is all but constant here, and float32 has no digits left
+        total += torch.exp(squared_distances(rows, columns) / (-2 * SIGMA**2)).sum().item()
     return total / (len(one) * len(other))
 
 
@@ -148,32 +157,36 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> Coverage:
     """Precision and recall, Kynkäänniemi et al. (1904.06991), equations 1 and 2; density and coverage, Naeem et al.
     (2002.09797), equations 2 and 3. Features (N, D) and (M, D), each more than k.
     """
-    real, fake = real.double(), fake.double()
     real_radii, fake_radii = _radii(real, k), _radii(fake, k)  # (N,), (M,), squared
-    covered, recalled = torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
-    precise, dense = 0, 0
-    for start in range(0, len(fake), BLOCK):
-        columns = slice(start, start + BLOCK)
-        distances = squared_distances(real, fake[columns])  # (N, BLOCK)
-        inside = distances <= real_radii[:, None]
-        precise += int(inside.any(dim=0).sum())
-        dense += int(inside.sum())
-        covered |= inside.any(dim=1)
-        recalled |= (distances <= fake_radii[columns]).any(dim=1)
-    return Coverage(
-        precise / len(fake), recalled.double().mean().item(), dense / (k * len(fake)), covered.double().mean().item()
-    )
+    covered, recalled, precise = (torch.zeros(len(x), dtype=torch.bool) for x in (real, real, fake))
+    dense = 0
+    for i, rows in enumerate(real.split(BLOCK)):
+        here = slice(i * BLOCK, (i + 1) * BLOCK)
+        for j, columns in enumerate(fake.split(BLOCK)):
+            there = slice(j * BLOCK, (j + 1) * BLOCK)
+            distances = squared_distances(rows.double(), columns.double())  # (BLOCK, BLOCK)
+            inside = distances <= real_radii[here, None]
+            precise[there] |= inside.any(dim=0)
+            dense += int(inside.sum())
+            covered[here] |= inside.any(dim=1)
+            recalled[here] |= (distances <= fake_radii[there]).any(dim=1)
+    precision, recall, coverage = (hits.double().mean().item() for hits in (precise, recalled, covered))
+    return Coverage(precision, recall, dense / (k * len(fake)), coverage)
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Squared distance of each feature to the k-th nearest of the others (N,)."""
     assert len(features) > k
-    parts = []
-    for start in range(0, len(features), BLOCK):
-        distances = squared_distances(features[start : start + BLOCK], features)  # (BLOCK, N)
-        distances[torch.arange(len(distances)), torch.arange(start, start + len(distances))] = torch.inf
-        parts.append(distances.kthvalue(k, dim=1).values)
-    return torch.cat(parts)
+    found = []
+    for i, rows in enumerate(features.split(BLOCK)):
+        nearest = torch.full((len(rows), k), torch.inf, dtype=torch.double)
+        for j, columns in enumerate(features.split(BLOCK)):
+            distances = squared_distances(rows.double(), columns.double())  # (BLOCK, BLOCK)
+            if i == j:
+                distances.fill_diagonal_(torch.inf)
+            nearest = torch.cat([nearest, distances], dim=1).topk(k, dim=1, largest=False).values
+        found.append(nearest[:, -1])
+    return torch.cat(found)
 
 
 def squared_distances(one: Tensor, other: Tensor) -> Tensor:

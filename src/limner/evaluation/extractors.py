@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,14 +151,17 @@ def batches(extractor: Extractor, paths: Sequence[Path], batch_size: int = BATCH
 
     Raises DataError where a picture can't be read, or where its features are no numbers.
     """
-    for start in range(0, len(paths), batch_size):
-        some = paths[start : start + batch_size]
-        pixels = torch.stack([load_pixels(path, extractor.size) for path in some])  # (batch, 3, size, size)
-        features = extractor.image_features(pixels)
-        if not (finite := features.isfinite().all(dim=1)).all():
-            bad = some[int((~finite).int().argmax())]
-            raise DataError(f"{extractor.name} sees no numbers in the picture {bad}; leave it out or judge otherwise.")
-        yield features
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for start in range(0, len(paths), batch_size):
+            some = paths[start : start + batch_size]
+            pixels = torch.stack(list(pool.map(load_pixels, some, itertools.repeat(extractor.size))))
+            features = extractor.image_features(pixels)  # of (batch, 3, size, size)
+            if not (finite := features.isfinite().all(dim=1)).all():
+                bad = some[int((~finite).int().argmax())]
+                raise DataError(
+                    f"{extractor.name} sees no numbers in the picture {bad}; leave it out or judge otherwise."
+                )
+            yield features
 
 
 def features_of(
@@ -169,21 +174,31 @@ def features_of(
     """Features of one or more pictures -> (N, D) float32.
 
     Where there is a folder `cache` they are kept there, by the sha256 of the pictures and of the extractor, and read
-    from it the next time. Raises DataError as `batches` does.
+    from it the next time; the answer is then that file, of which no more is in memory than what is looked at. Raises
+    DataError as `batches` does.
     """
     file = None if cache is None else cache / f"{_key(extractor, paths)}.npy"
-    if file is not None and file.is_file():
-        return torch.from_numpy(np.load(file))
-    parts = []
+    parts = _told(extractor, paths, batch_size)
+    if file is None:
+        return torch.cat(list(parts))
+    if not file.is_file():
+        with atomic_file(file) as partial:
+            first = next(parts)
+            kept = np.lib.format.open_memmap(partial, "w+", np.float32, (len(paths), first.shape[1]))
+            done = 0
+            for part in itertools.chain([first], parts):
+                kept[done : done + len(part)] = part.numpy()
+                done += len(part)
+            kept.flush()
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
+
+
+def _told(extractor: Extractor, paths: Sequence[Path], batch_size: int) -> Iterator[Tensor]:
+    """`batches` in float32, with a bar that tells how far they are."""
     with progress(f"pictures seen by {extractor.name}", len(paths)) as advance:
         for part in batches(extractor, paths, batch_size):
-            parts.append(part.float())
+            yield part.float()
             advance(len(part))
-    features = torch.cat(parts)  # (N, D)
-    if file is not None:
-        with atomic_file(file) as partial, partial.open("wb") as out:
-            np.save(out, features.numpy())
-    return features
 
 
 def _key(extractor: Extractor, paths: Sequence[Path]) -> str:

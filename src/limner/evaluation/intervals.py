@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 LEVEL = 0.95
 RESAMPLES = 1_000
 HALVES = 200  # each is a whole computation of the statistic
+MOST = 1_000  # pictures of a set in one such computation, so that it takes no longer for more pictures
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,30 @@ def mean_interval(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> 
     return Interval(values.mean().item(), low, high, len(values))
 
 
-def set_interval(
-    statistic: Callable[[Tensor, Tensor], float], real: Tensor, fake: Tensor, resamples: int = HALVES, seed: int = 0
-) -> Interval:
-    """A statistic of two sets of features (N, D) and (M, D), with the interval of a bootstrap of halves.
+def set_intervals(
+    statistics: Callable[[Tensor, Tensor], Mapping[str, float]],
+    real: Tensor,
+    fake: Tensor,
+    resamples: int = HALVES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Statistics by name of two sets of features (N, D) and (M, D), with the intervals of a bootstrap of halves.
 
     Each resample is a random half of each set without repetition: a picture drawn twice would be its own nearest
     neighbour, and distances would fall for that. A half without replacement strays from its whole as far as the whole
-    does from the truth (Politis and Romano 1994; Shao and Wu 1989 for the scale); but statistics of a half are
-    biased, so it is the spread about their own mean that is laid around the value.
+    does from the truth (Politis and Romano 1994; Shao and Wu 1989 for the scale), and less than a half, which is what
+    is taken of more than `MOST`, strays sqrt((1 - share) / share) times as far. But statistics of a part are biased, so
+    it is the spread about their own mean that is laid around the value.
     """
-    value = statistic(real, fake)
-    found = [
-        statistic(real[rows], fake[columns])
-        for rows, columns in zip(_halves(len(real), resamples, seed), _halves(len(fake), resamples, seed + 1))
-    ]
-    low, high = _around(value, torch.tensor(found, dtype=torch.double))
-    return Interval(value, low, high, len(fake))
+    values = statistics(real, fake)
+    share = _share(real, fake)
+    parts = zip(_parts(len(real), share, resamples, seed), _parts(len(fake), share, resamples, seed + 1))
+    found = [statistics(real[rows], fake[columns]) for rows, columns in parts]
+    intervals = {}
+    for name, value in values.items():
+        spread = torch.tensor([one[name] for one in found], dtype=torch.double)
+        intervals[name] = Interval(value, *_around(value, spread, share), len(fake))
+    return intervals
 
 
 def paired_difference(one: Tensor, other: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
@@ -89,18 +98,23 @@ def paired_set_difference(
 ) -> Difference:
     """Difference of a statistic of two models' features (N, D) of the same prompts and noise, against real (M, D).
 
-    Interval as in `set_interval`, with the same halves for both; p as in `paired_difference`.
+    Interval as in `set_intervals`, with the same parts for both; p as in `paired_difference`, of more than `MOST`
+    prompts by so many of them.
     """
     value = statistic(real, one) - statistic(real, other)
-    halves = zip(_halves(len(real), resamples, seed), _halves(len(one), resamples, seed + 1))
-    found = [statistic(real[rows], one[draw]) - statistic(real[rows], other[draw]) for rows, draw in halves]
+    share = _share(real, one)
+    parts = zip(_parts(len(real), share, resamples, seed), _parts(len(one), share, resamples, seed + 1))
+    found = [statistic(real[rows], one[draw]) - statistic(real[rows], other[draw]) for rows, draw in parts]
+    low, high = _around(value, torch.tensor(found, dtype=torch.double), share)
     generator = torch.Generator().manual_seed(seed)
+    some = torch.randperm(len(one), generator=generator)[:MOST].sort().values
+    mine, its = one[some], other[some]
     chance = []
     for _ in range(resamples):
-        swap = torch.randint(2, (len(one), 1), generator=generator, dtype=torch.bool)  # (N, 1)
-        chance.append(statistic(real, one.where(~swap, other)) - statistic(real, other.where(~swap, one)))
-    low, high = _around(value, torch.tensor(found, dtype=torch.double))
-    return Difference(value, low, high, _p(value, torch.tensor(chance, dtype=torch.double)), len(one))
+        swap = torch.randint(2, (len(mine), 1), generator=generator, dtype=torch.bool)  # (N, 1)
+        chance.append(statistic(real, torch.where(swap, its, mine)) - statistic(real, torch.where(swap, mine, its)))
+    tested = value if len(some) == len(one) else statistic(real, mine) - statistic(real, its)
+    return Difference(value, low, high, _p(tested, torch.tensor(chance, dtype=torch.double)), len(one))
 
 
 def _draws(count: int, resamples: int, seed: int) -> list[Tensor]:
@@ -109,10 +123,15 @@ def _draws(count: int, resamples: int, seed: int) -> list[Tensor]:
     return [torch.randint(count, (count,), generator=generator) for _ in range(resamples)]
 
 
-def _halves(count: int, resamples: int, seed: int) -> list[Tensor]:
-    """Half of the rows, none twice."""
+def _share(real: Tensor, fake: Tensor) -> float:
+    """Of both sets in a resample."""
+    return min(0.5, MOST / max(len(real), len(fake)))
+
+
+def _parts(count: int, share: float, resamples: int, seed: int) -> list[Tensor]:
+    """A share of the rows, none twice."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randperm(count, generator=generator)[: (count + 1) // 2] for _ in range(resamples)]
+    return [torch.randperm(count, generator=generator)[: math.ceil(count * share)] for _ in range(resamples)]
 
 
 def _ends(found: Tensor) -> tuple[float, float]:
@@ -121,8 +140,9 @@ def _ends(found: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _around(value: float, found: Tensor) -> tuple[float, float]:
-    low, high = _ends(found - found.mean())
+def _around(value: float, found: Tensor, share: float) -> tuple[float, float]:
+    """The ends of an interval around a value, by what parts of that share found."""
+    low, high = _ends((found - found.mean()) * (share / (1 - share)) ** 0.5)
     return value + low, value + high
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, cosine_similarity
+from torch.nn.functional import cosine_similarity
 
 from limner.models import vae as vaes
 
@@ -48,10 +49,19 @@ def ssim(pixels: Tensor, target: Tensor) -> Tensor:
 
 def _blurred(x: Tensor) -> Tensor:
     """(N, 1, H, W) -> (N, 1, H - 10, W - 10)."""
+    height, width = x.shape[2:]
+    return _band(height).to(x) @ x @ _band(width).to(x).T
+
+
+@functools.cache
+def _band(side: int) -> Tensor:
+    """The window along a line of `side` pixels, which slides by multiplication (side - 10, side)."""
     reach = WINDOW // 2
-    weights = torch.tensor([math.exp(-(i**2) / (2 * SIGMA**2)) for i in range(-reach, reach + 1)], dtype=x.dtype)
-    weights /= weights.sum()
-    return conv2d(conv2d(x, weights[None, None, :, None]), weights[None, None, None, :])
+    weights = torch.tensor([math.exp(-(i**2) / (2 * SIGMA**2)) for i in range(-reach, reach + 1)], dtype=torch.double)
+    places = torch.arange(side - WINDOW + 1)[:, None] + torch.arange(WINDOW)  # (side - 10, 11)
+    return torch.zeros(len(places), side, dtype=torch.double).scatter(
+        1, places, (weights / weights.sum()).expand(len(places), -1)
+    )
 
 
 def feature_distance(features: Tensor, target: Tensor) -> Tensor:

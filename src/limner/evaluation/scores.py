@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +14,7 @@ from torch.nn.functional import normalize
 
 from limner.evaluation import attributes, distances
 from limner.evaluation.agreement import clip_score, distinct, r_precision
-from limner.evaluation.copies import Copies, Nearest, copies, nearest
+from limner.evaluation.copies import BLOCK, Copies, Nearest, copies, nearest
 from limner.evaluation.extractors import Extractor, features_of
 from limner.evaluation.intervals import (
     LEVEL,
@@ -24,7 +23,7 @@ from limner.evaluation.intervals import (
     mean_interval,
     paired_difference,
     paired_set_difference,
-    set_interval,
+    set_intervals,
 )
 from limner.evaluation.retrieval import KS, ranks
 from limner.evaluation.yardstick import Thumbnails, Yardstick
@@ -66,7 +65,7 @@ def look(
     images = yardstick.embed(features)
     texts, own = distinct(captions)
     text = yardstick.read(texts)  # (K, E)
-    found = ranks(text[own], images, torch.arange(len(images)))
+    found = ranks(text[own], images, torch.arange(len(images)), block=BLOCK)
     values = {
         "r_precision": r_precision(images, text, own),
         "clip_score": clip_score(text[own], images),
@@ -95,26 +94,25 @@ def share(hits: Tensor) -> Interval:
 
 def fidelity(real: Tensor, fake: Tensor) -> Figures:
     """Distances from photographs, and what the two sets share, by features (N, D) and (M, D) of one extractor."""
-    figures = {name: set_interval(statistic, real, fake) for name, statistic in DISTANCES.items()}
-    if min(len(real), len(fake)) >= LEAST:
-        figures |= {
-            name: _within(set_interval(partial(_shared, name), real, fake), most) for name, most in SHARED.items()
-        }
-    return figures
+    enough = min(len(real), len(fake)) >= LEAST
+
+    def measure(some: Tensor, others: Tensor) -> dict[str, float]:
+        found = {name: statistic(some, others) for name, statistic in DISTANCES.items()}
+        return found | (vars(distances.precision_recall(some, others)) if enough else {})
+
+    return {name: _possible(name, one) for name, one in set_intervals(measure, real, fake).items()}
 
 
-def _within(interval: Interval, most: float) -> Interval:
-    """The interval without what no such figure can be."""
-    return replace(interval, low=max(interval.low, 0.0), high=min(interval.high, most))
-
-
-def _shared(name: str, real: Tensor, fake: Tensor) -> float:
-    return float(getattr(distances.precision_recall(real, fake), name))
+def _possible(name: str, interval: Interval) -> Interval:
+    """The interval without what no share can be."""
+    if name not in SHARED:
+        return interval
+    return replace(interval, low=max(interval.low, 0.0), high=min(interval.high, SHARED[name]))
 
 
 def cmmd(real: Tensor, fake: Tensor) -> Figures:
     """CMMD by the features that captions share, (N, E) and (M, E), which are of unit length as it wants them."""
-    return {"cmmd": set_interval(distances.cmmd, real, fake)}
+    return set_intervals(lambda some, others: {"cmmd": distances.cmmd(some, others)}, real, fake)
 
 
 @dataclass(frozen=True)
@@ -131,23 +129,23 @@ class Training:
     @classmethod
     def see(cls, extractor: Extractor, paths: Sequence[Path], real: Sequence[Path], **how: Any) -> Self:
         """See training photographs and the real test ones. Raises DataError."""
-        features = _comparable(extractor, paths, **how)
+        features = torch.cat(list(_comparable(extractor, paths, **how)))
         mirrored = None
         if isinstance(extractor, Thumbnails):
             mirrored = features.unflatten(1, (3, extractor.size, extractor.size)).flip(-1).flatten(1)
-        near = nearest([_comparable(extractor, real, **how)], features, mirrored)
+        near = nearest(_comparable(extractor, real, **how), features, mirrored)
         return cls(paths, features, mirrored, near)
 
     def judge(self, extractor: Extractor, pictures: Sequence[Path], **how: Any) -> tuple[Copies, Nearest]:
         """Which pictures are copies, and the nearest training photograph of each. Raises DataError."""
-        found = nearest([_comparable(extractor, pictures, **how)], self.features, self.mirrored)
+        found = nearest(_comparable(extractor, pictures, **how), self.features, self.mirrored)
         return copies(found, self.real), found
 
 
-def _comparable(extractor: Extractor, paths: Sequence[Path], **how: Any) -> Tensor:
-    """Pixels as they are; of a network's features only the direction (N, D), as their length tells of contrast."""
-    features = features_of(extractor, paths, **how)
-    return features if isinstance(extractor, Thumbnails) else normalize(features, dim=1)
+def _comparable(extractor: Extractor, paths: Sequence[Path], **how: Any) -> Iterator[Tensor]:
+    """Pixels as they are; of a network's features only the direction, as their length tells of contrast; in parts."""
+    for part in features_of(extractor, paths, **how).split(BLOCK):
+        yield part if isinstance(extractor, Thumbnails) else normalize(part, dim=1)  # (BLOCK, D)
 
 
 def sensitivity(yardstick: Yardstick, paths: Sequence[Path], **how: Any) -> Figures:

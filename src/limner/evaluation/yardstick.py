@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limner.errors import ConfigError, ModelError
-from limner.evaluation.copies import SIDE, thumbnails
+from limner.evaluation.copies import BLOCK, SIDE, thumbnails
 from limner.evaluation.extractors import FILTER, Extractor, clip_extractor
 from limner.evaluation.features import caption_features
 from limner.evaluation.judge import WEIGHTS, load_judge
@@ -58,14 +58,19 @@ class Yardstick:
             with loading.quiet():
                 judge = load_judge(Path(ref))
             return cls(judge.name, judge.sha256, judge.photographs, _heads(judge), judge.text_features)
-        clip, sha256 = loading.load_clip(ref), loading.identity(ref, "clip")
+        clip = loading.load_clip(ref)
         clip.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        return cls.of(ref, clip)
+
+    @classmethod
+    def of(cls, ref: str, clip: Clip) -> Self:
+        """The CLIP that `ref` means, which is loaded already. Raises ModelError."""
         name = Path(ref).name if Path(ref).is_dir() else ref
-        tower = clip_extractor(name, clip, sha256)
+        sha256 = loading.identity(ref, "clip")
         return cls(
             f"the CLIP of {name}",
             sha256,
-            tower,
+            clip_extractor(name, clip, sha256),
             lambda seen: seen,
             lambda texts: caption_features(clip, texts, BATCH),
             clip,
@@ -98,8 +103,7 @@ def extractor_facts(seen: Extractor) -> dict[str, Any]:
 def _heads(judge: Any) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def embed(seen: Tensor) -> Tensor:
-        features: Tensor = judge.heads.image(seen)
-        return features
+        return torch.cat([judge.heads.image(part) for part in seen.split(BLOCK)])
 
     return embed
 

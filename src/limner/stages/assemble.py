@@ -19,7 +19,7 @@ from limner.evaluation.alignment import REPORT, TUNED
 from limner.evaluation.plots import grid
 from limner.generation.engine import paint
 from limner.models import adapter as adapters
-from limner.models import gate, loading
+from limner.models import gate, loading, pipeline
 from limner.models import vae as vaes
 from limner.models.card import model_card
 from limner.models.clip import Clip
@@ -60,7 +60,8 @@ def run(config: AssembleConfig) -> Path:
     with loading.quiet(), atomic_folder(config.out) as folder:
         if columns:
             grid(columns, CAPTIONS, folder / "grid.png")
-        _save(parts, DTYPES[config.precision], folder)
+        networks = {name: part for name, part in vars(parts).items() if name != "parents"}
+        pipeline.save(folder, **networks, dtype=DTYPES[config.precision])
         write_json(folder / "manifest.json", facts)
         write_text(folder / "MODEL_CARD.md", model_card(folder, facts, text))
     print(config.out)
@@ -281,39 +282,3 @@ def _retrieval(clip: str) -> dict[str, Any]:
         for name, row in report["splits"][split].items()
     }
     return {"retrieval": {"split": split, "figures": figures}}
-
-
-def _save(parts: Parts, dtype: torch.dtype, folder: Path) -> None:
-    """Write the parts as Diffusers lays them out."""
-    from diffusers import StableDiffusionPipeline
-
-    networks = [part.to(dtype) for part in (parts.text_encoder, parts.vae, parts.unet)]
-    pipeline = StableDiffusionPipeline(
-        text_encoder=networks[0],
-        vae=networks[1],
-        unet=networks[2],
-        tokenizer=parts.tokenizer,
-        scheduler=parts.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    if parts.clip is not None:
-        parts.clip.network.to(dtype)
-        parts.clip.save(folder / "clip")
-    for name in ("text_encoder", "clip"):
-        _load_as_float32(folder / name / "config.json")
-
-
-def _load_as_float32(file: Path) -> None:
-    """Transformers loads weights in the precision that the config names; Diffusers in float32 unless told.
-
-    Where the two differ, a plain pipeline would stop at the first attention, so both are float32.
-    """
-    if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-            if "dtype" in part:
-                part["dtype"] = "float32"
-        write_json(file, config)

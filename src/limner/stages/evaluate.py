@@ -18,7 +18,7 @@ from limner.config import EvaluateConfig
 from limner.data.dataset import Record, read_split, split_identity
 from limner.data.findings import json_line
 from limner.errors import DataError, RunError
-from limner.evaluation import attributes, drawing, parts, plots, report, scores
+from limner.evaluation import attributes, drawing, parts, plots, report, scores, trajectory
 from limner.evaluation.assessment import Assessment, Result
 from limner.evaluation.contenders import LEAST, Contender, from_folder, labels, photographs
 from limner.evaluation.extractors import Extractor, load_extractor
@@ -35,7 +35,7 @@ from limner.models import loading
 
 log = logging.getLogger(__name__)
 
-METRICS, SCORES, PICTURES = "metrics.json", "scores.jsonl", "pictures"
+METRICS, SCORES, PICTURES, CHECKPOINTS = "metrics.json", "scores.jsonl", "pictures", "checkpoints"
 MISSION, ATTRIBUTES = "mission", "attributes"  # within a contender's folder, beside the pictures for the captions
 NO_JUDGE = (
     "There is no judge, so fidelity, alignment, prompt sensitivity and copies by features are left out; make one with "
@@ -71,6 +71,9 @@ def run(config: EvaluateConfig) -> Path:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    asked = config
+    if config.checkpoints:
+        config = _with_checkpoints(config)
     real, entries, folders = _read(config)
     yardstick = None if config.judge is None else Yardstick.find(config.judge)
     conditioned: set[str] = set()
@@ -80,7 +83,7 @@ def run(config: EvaluateConfig) -> Path:
         refs = list(dict.fromkeys(entry.spec.ref for entry in entries))
         conditioned = refuse_conditioning(yardstick, refs, allowed=config.allow_conditioning_judge)
     further = [load_extractor(spec) for spec in config.extractors]
-    _open(config)
+    _open(asked)
     firsts = {entry.spec.ref: entry for entry in reversed(entries)}  # a model's parts don't depend on how it draws
     extra = [_draw(config, entry, real, yardstick, with_parts=entry is firsts[entry.spec.ref]) for entry in entries]
     contenders = [_drawn(entry, real) for entry in entries] + folders
@@ -104,8 +107,22 @@ def run(config: EvaluateConfig) -> Path:
     return config.out
 
 
+def _with_checkpoints(config: EvaluateConfig) -> EvaluateConfig:
+    """The same with the models that a training went through, which are written into the folder."""
+    (ref,) = config.models
+    found = trajectory.find(Path(ref))
+    _open(config)
+    folders = trajectory.assemble(Path(ref), found, config.out / CHECKPOINTS)
+    models = {"models": tuple(map(str, folders.values())), "x": tuple(map(float, folders)), "x_name": "images seen"}
+    return config.model_copy(update={**models, "checkpoints": False})
+
+
 def plan(config: EvaluateConfig) -> dict[str, Any]:
     """What `run` would draw and score; nothing is written."""
+    if config.checkpoints:
+        (ref,) = config.models
+        found = ", ".join(f"{images:,}" for images in trajectory.find(Path(ref)))
+        return {"to be drawn": f"the checkpoints of {ref} after {found} images", "out": config.out}
     real, entries, folders = _read(config)
     prompts = len(real) + len(settings.MISSION) + config.attribute_seeds * len(attributes.PROMPTS)
     return {

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limner.artifacts import PARTIAL, atomic_folder, sha256
-from limner.errors import RunError
+from limner.errors import ModelError, RunError
 from limner.training.average import WeightAverage
 from limner.training.optimizers import COUNTS, TABLES
 
@@ -161,6 +161,23 @@ def load_best(checkpoints: Path, network: nn.Module, average: WeightAverage) -> 
         raise RunError(
             f"The best checkpoint in {checkpoints} is damaged ({error}); delete that folder to start over."
         ) from None
+
+
+@torch.no_grad()
+def load_average(folder: Path, unet: nn.Module) -> None:
+    """Put the weight average of a checkpoint of `train unet` into a U-Net that has the frozen weights already.
+
+    Raises ModelError where it is damaged, or another network's.
+    """
+    try:
+        tensors = load_file(folder / TENSORS)
+        aligned = any(name.startswith("network.unet.") for name in tensors)  # with a map, whose weights come behind
+        prefix = "network.unet." if aligned else "network."
+        trained = [p for name, p in unet.named_parameters() if f"{prefix}{name}" in tensors]
+        for number, parameter in enumerate(trained):
+            _copy({"": tensors[f"average.{number}"]}, {"": parameter})
+    except DAMAGE as error:
+        raise ModelError(f"The checkpoint {folder} can't be drawn with ({error}); delete it.") from None
 
 
 def numbered(checkpoints: Path) -> list[Path]:

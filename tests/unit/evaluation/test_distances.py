@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, normalize
 
+import fidelity
 from limner.evaluation import distances
 from limner.evaluation.distances import (
     Coverage,
@@ -60,7 +61,7 @@ def test_moments_take_no_more_memory_for_more_features() -> None:
 
 @pytest.mark.parametrize("shape", [(300, 200, 8), (40, 60, 64)], ids=["many", "few"])
 def test_the_frechet_distance_is_that_of_torch_fidelity(shape: tuple[int, int, int]) -> None:
-    metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
+    metric_fid = fidelity.part("metric_fid")
     one, other = gaussian(shape[0], 0, shape[2]).double(), gaussian(shape[1], 1, shape[2]).double()
     statistics = [metric_fid.fid_features_to_statistics(x) for x in (one, other)]
     theirs = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
@@ -92,7 +93,7 @@ def test_both_ways_to_the_frechet_distance_agree(n: int, m: int, width: int, see
 @pytest.mark.parametrize("width", [8, 64])
 def test_the_kernel_distance_is_that_of_torch_fidelity(width: int) -> None:
     """Of one subset that is the whole, and close to the mean of many smaller ones."""
-    metric_kid = pytest.importorskip("torch_fidelity.metric_kid")
+    metric_kid = fidelity.part("metric_kid")
     one, other = gaussian(150, 0, width) / 4, gaussian(150, 1, width) / 4
     found = kernel_distance(one, other)
     theirs = metric_kid.kid_features_to_metric(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
+import fidelity
 from limner.errors import ConfigError, DataError, ModelError, UserError
 from limner.evaluation import extractors
 from limner.evaluation.extractors import Extractor, Network, batches, features_of, load_extractor
@@ -136,7 +137,7 @@ def test_a_clip_is_no_image_model(clip: Clip, tmp_path: Path) -> None:
 
 def test_the_inception_is_that_of_torch_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With random weights in the file that its release has, and bytes as it reads them."""
-    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    theirs = fidelity.part("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", lambda *_, **__: {})

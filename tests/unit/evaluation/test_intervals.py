@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
+from limner.evaluation import intervals
 from limner.evaluation.distances import frechet_of, kernel_distance
-from limner.evaluation.intervals import mean_interval, paired_difference, paired_set_difference, set_interval
+from limner.evaluation.intervals import Interval, mean_interval, paired_difference, paired_set_difference, set_intervals
 
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def interval_of(statistic: Callable[[Tensor, Tensor], float], real: Tensor, fake: Tensor, resamples: int) -> Interval:
+    return set_intervals(lambda one, other: {"it": statistic(one, other)}, real, fake, resamples)["it"]
 
 
 def test_the_interval_of_a_mean_is_that_of_scipy() -> None:
@@ -36,14 +43,20 @@ def test_the_interval_of_a_mean_holds_the_truth_about_as_often_as_it_says() -> N
 def test_the_interval_of_a_distance_is_as_wide_as_distances_of_other_pictures_stray() -> None:
     pairs = [(normal(100, 4, seed=seed), normal(100, 4, seed=1000 + seed) + 1) for seed in range(60)]
     strays = np.std([frechet_of(real, fake) for real, fake in pairs])
-    found = set_interval(frechet_of, *pairs[0], resamples=100)
+    found = interval_of(frechet_of, *pairs[0], resamples=100)
     assert found.low < found.value < found.high
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(strays, rel=0.4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "MOST", 30)
+        fewer = interval_of(frechet_of, *pairs[0], resamples=100)
+    assert fewer.value == found.value
+    assert fewer != found
+    assert (fewer.high - fewer.low) / (2 * 1.96) == pytest.approx(strays, rel=0.4)
 
 
 def test_real_against_real_is_nothing_within_its_interval() -> None:
     found = [
-        set_interval(kernel_distance, normal(80, 5, seed=seed), normal(80, 5, seed=seed + 500), resamples=50)
+        interval_of(kernel_distance, normal(80, 5, seed=seed), normal(80, 5, seed=seed + 500), resamples=50)
         for seed in range(40)
     ]
     assert sum(interval.low <= 0 <= interval.high for interval in found) >= 36
@@ -75,6 +88,12 @@ def test_a_difference_of_distances_is_found_on_the_same_prompts() -> None:
     found = paired_set_difference(frechet_of, real, worse, one, resamples=60)
     assert found.low > 0
     assert found.p < 0.05
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "MOST", 60)
+        fewer = paired_set_difference(frechet_of, real, worse, one, resamples=60)
+    assert (fewer.value, fewer.count) == (found.value, found.count)
+    assert fewer.low > 0
+    assert fewer.p < 0.05
     same = paired_set_difference(frechet_of, real, alike, one, resamples=60)
     assert same.low < 0 < same.high
     assert same.p > 0.05

@@ -21,13 +21,14 @@ from limner.config import TrainClipConfig
 from limner.data.dataset import Record, read_split
 from limner.data.pictures import load_pixels
 from limner.errors import DataError, ModelError
-from limner.evaluation.agreement import score_pictures
 from limner.evaluation.alignment import Judged, write_report
 from limner.evaluation.drift import drift
 from limner.evaluation.features import captions_of, picture_features
 from limner.evaluation.mixing import ALPHAS, choose, mixed
 from limner.evaluation.plots import grid
 from limner.evaluation.retrieval import intervals, mean_recall
+from limner.evaluation.watch import Watch
+from limner.evaluation.yardstick import Yardstick
 from limner.evaluation.zeroshot import zero_shot
 from limner.generation.engine import paint
 from limner.models import loading
@@ -369,7 +370,8 @@ def test_every_mix_draws_the_same_captions_and_is_scored(
 
     judge = clip_of(base)
     real = picture_features(judge, [record.path for record in records], 8)
-    scores = score_pictures(judge, drawn(chosen, len(captions)), captions, real)
+    watch = Watch(Yardstick.of(str(base), judge), captions, real)
+    scores = watch.score(drawn(chosen, len(captions)))
     assert report["alpha"]["rows"][ALPHAS.index(chosen)].items() >= scores.items()
     columns = {f"alpha {alpha:g}": drawn(alpha, 6) for alpha in sorted({*ALPHAS[::2], chosen})}
     grid(columns, captions[:6], tmp_path / "wanted.png")

@@ -15,15 +15,21 @@ from torch.testing import assert_close
 
 from limner.artifacts import read_json
 from limner.config import EncodeConfig, TrainUnetConfig
+from limner.data.dataset import read_split
 from limner.data.latents import LatentCache
 from limner.diffusion import schedulers
 from limner.errors import ConfigError, DataError, ModelError, RunError
+from limner.evaluation.extractors import features_of
+from limner.evaluation.watch import Watch
+from limner.evaluation.yardstick import Yardstick
+from limner.generation.engine import paint
 from limner.models import loading
+from limner.models.clip import HALF, Clip
 from limner.stages import encode, train_unet
 from limner.stages.train_unet import TrainUnet
 from limner.training import encoded
-from tiny import tiny_unet
-from trainings import SIDE, config
+from tiny import tiny_clip, tiny_tokenizer, tiny_unet
+from trainings import SIDE, config, weights
 
 
 def examples(
@@ -221,6 +227,44 @@ def test_pictures_are_drawn_at_each_validation(latents: Path, tmp_path: Path) ->
     assert np.asarray(sheet).std() > 0
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of random weights that nothing is trained on."""
+    folder = tmp_path_factory.mktemp("judge")
+    Clip(tiny_clip(7), tiny_tokenizer(folder / "tokenizer"), HALF).save(folder / "clip")
+    return folder
+
+
+def test_a_judge_scores_what_the_average_draws_and_changes_nothing(
+    latents: Path, unet: Path, data: Path, clip: Path, vae: Path, judge: Path, tmp_path: Path
+) -> None:
+    run = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", judge=str(judge), judged_pictures=3))
+    assert weights(run) == weights(unet)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    told = [event for event in events if "validation/cmmd" in event]
+    assert [event["images"] for event in told] == [16, 32]
+
+    captions = [captions[0] for captions in LatentCache(latents, "val").captions]
+    text_encoder, tokenizer = loading.load_text_encoder(str(clip))
+    model = str(run)
+    pixels = paint(
+        loading.load_unet(model),
+        loading.load_scheduler(model),
+        loading.load_vae(str(vae)),
+        text_encoder,
+        tokenizer,
+        captions[:3],
+        seeds=range(3),
+        steps=train_unet.STEPS,
+        guidance=train_unet.GUIDANCE,
+    )
+    own = Yardstick.find(str(judge))
+    real = features_of(own.extractor, [record.path for record in read_split(data, "val")])
+    wanted = Watch(own, captions[:3], real, captions).score(pixels)
+    assert {name: told[-1][f"validation/{name}"] for name in wanted} == pytest.approx(wanted, abs=1e-4)
+    assert len(list((run / "features").iterdir())) == 1
+
+
 def test_figures_are_by_level(unet: Path) -> None:
     figures = read_json(unet / "manifest.json")["validation"]
     levels = [value for name, value in figures.items() if name.startswith("loss_at_")]
@@ -238,6 +282,27 @@ def test_pictures_without_captions_teach_too(uncaptioned: Path, clip: Path, vae:
 
 
 # ---- mistakes
+
+
+def test_a_judge_that_can_not_judge_is_refused_before_the_training(
+    latents: Path, clip: Path, judge: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "r"
+    with pytest.raises(ConfigError, match="The judge is the very CLIP whose token states are trained on"):
+        train_unet.run(config(TrainUnetConfig, latents, out, judge=str(clip)))
+    moved = tmp_path / "moved"
+    shutil.copytree(latents, moved)
+    captions = moved / "cache" / "val" / "captions.json"
+    told = captions.read_text()
+    captions.write_text(json.dumps([[] for _ in json.loads(told)]))
+    with pytest.raises(DataError, match="has a caption to draw for the judge; leave it out"):
+        train_unet.run(config(TrainUnetConfig, moved, out, judge=str(judge)))
+    captions.write_text(told)
+    settings = read_json(moved / "config.json")
+    (moved / "config.json").write_text(json.dumps({**settings, "data": str(tmp_path / "gone")}))
+    with pytest.raises(DataError, match="gone"):
+        train_unet.run(config(TrainUnetConfig, moved, out, judge=str(judge)))
+    assert not out.exists()
 
 
 def saved_unet(folder: Path, **settings: object) -> str:

@@ -269,6 +269,11 @@ class TrainUnetConfig(TrainConfig):
     """Width of an attention head of a new U-Net."""
     sample_prompts: tuple[str, ...] = ()
     """Captions drawn at each validation, beside those of the first val pictures."""
+    judge: Annotated[str | None, FLAG] = None
+    """Score what the weight average draws for val captions at each validation, by CMMD, CLIPScore and R-precision:
+    a folder of recipes/judge.py, or any CLIP but the one that is trained on."""
+    judged_pictures: PositiveInt = 64
+    """Val captions that are drawn for `judge`."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -11,11 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
-
-from limner.evaluation.distances import cmmd
-from limner.evaluation.features import caption_features
-from limner.models.clip import Clip
 
 CANDIDATES = 100  # captions that a picture's own is among
 
@@ -49,26 +44,3 @@ def distinct(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     texts = list(dict.fromkeys(captions))
     place = {text: number for number, text in enumerate(texts)}
     return texts, torch.tensor([place[caption] for caption in captions], dtype=torch.long)
-
-
-@torch.no_grad()
-def score_pictures(
-    judge: Clip, pixels: Tensor, captions: Sequence[str], real_features: Tensor, batch_size: int = 32
-) -> dict[str, float]:
-    """Figures of pictures that were drawn for captions: cmmd, clip_score and r_precision.
-
-    pixels (N, 3, H, W) in [-1, 1], N captions; real_features (M, E), the judge's of photographs. Where the judge is
-    the base of a mix, it is not independent of what it judges: a mix near it may please it for that alone. Such
-    figures rank the mixes of one pair and say nothing beside; for more there is the judge of `limner evaluate`.
-    """
-    size = (judge.size, judge.size)
-    batches = (interpolate(batch.float(), size, mode="bicubic", antialias=True) for batch in pixels.split(batch_size))
-    features = [judge.image_features(batch.clamp(-1, 1).to(judge.network.device)).cpu() for batch in batches]
-    images = torch.cat(features)  # (N, E)
-    texts, own = distinct(captions)
-    text = caption_features(judge, texts, batch_size)  # (K, E)
-    return {
-        "cmmd": cmmd(images, real_features),
-        "clip_score": clip_score(text[own], images).mean().item(),
-        "r_precision": r_precision(images, text, own).mean().item(),
-    }

@@ -16,11 +16,12 @@ from limner.config import TrainClipConfig
 from limner.data.dataset import SPLITS, Record, Split, read_split
 from limner.errors import ModelError
 from limner.evaluation import plots
-from limner.evaluation.agreement import score_pictures
 from limner.evaluation.drift import drift
 from limner.evaluation.features import caption_features, captions_of, picture_features
 from limner.evaluation.mixing import ALPHAS, choose, mixed
 from limner.evaluation.retrieval import KS, Ranks, intervals, mean_recall, ranks, recall
+from limner.evaluation.watch import Watch
+from limner.evaluation.yardstick import Yardstick
 from limner.evaluation.zeroshot import zero_shot
 from limner.generation.engine import paint
 from limner.generation.jobs import Spec, read_spec
@@ -160,7 +161,10 @@ def _device() -> torch.device:
 
 def _sweep(folder: Path, config: TrainClipConfig, base: Clip, tuned: Clip, val: Judged) -> dict[str, Any]:
     """Figures of every mix on dev pictures, "rows", and the alpha that `choose` takes; writes plot and grid."""
-    painter = Painter(config.unet, base, val) if config.unet is not None else None
+    painter = None
+    if config.unet is not None:
+        assert config.model is not None  # as in any sweep
+        painter = Painter(config.unet, base, Yardstick.of(config.model, base), val)
     rows, drawn = [], {}
     with progress("mixes", len(ALPHAS)) as advance:
         for alpha in ALPHAS:
@@ -171,7 +175,7 @@ def _sweep(folder: Path, config: TrainClipConfig, base: Clip, tuned: Clip, val: 
             if painter is not None:
                 pixels = painter(mix)
                 drawn[alpha] = pixels[:SHOWN]
-                row |= painter.figures(pixels)
+                row |= painter.watch.score(pixels)
             rows.append(row)
             advance(1)
     chosen = choose(rows, config.min_cosine)
@@ -198,16 +202,19 @@ def drawable(ref: str, base: Clip) -> Spec:
 
 
 class Painter:
-    """Draws the same captions with the same seeds behind any text tower, and scores the pictures by the base CLIP."""
+    """Draws the same captions with the same seeds behind any text tower, before the base CLIP.
 
-    def __init__(self, ref: str, base: Clip, val: Judged) -> None:
-        """Load the VAE and the U-Net of `ref`. Raises ModelError as `drawable` does."""
+    Which is not independent of what it judges: a mix near it may please it for that alone. Its figures rank the mixes
+    of one pair and say nothing beside; for more there is the judge of `limner evaluate`.
+    """
+
+    def __init__(self, ref: str, base: Clip, judge: Yardstick, val: Judged) -> None:
+        """Load the VAE and the U-Net of `ref`; the judge is the base. Raises ModelError as `drawable` does."""
         self.spec = drawable(ref, base)
         self.unet, self.vae = loading.load_unet(ref), loading.load_vae(ref)
         self.scheduler = loading.load_scheduler(ref)
-        own = [record.captions[0] for record in val.records]
-        self.captions = [*MISSION, *own][:DRAWN]
-        self.base, self.real = base, val.images(base)
+        self.captions = [*MISSION, *val.captions][:DRAWN]
+        self.watch = Watch(judge, self.captions, val.images(base))
 
     def __call__(self, clip: Clip) -> Tensor:
         """Pictures of all captions, seeds 0, 1, ... -> (N, 3, H, W) in [-1, 1]."""
@@ -225,10 +232,6 @@ class Painter:
                 steps=self.spec.steps,
                 guidance=self.spec.guidance,
             )
-
-    def figures(self, pixels: Tensor) -> dict[str, float]:
-        """See `score_pictures`."""
-        return score_pictures(self.base, pixels, self.captions, self.real, BATCH)
 
 
 def _summary(report: dict[str, Any]) -> str:

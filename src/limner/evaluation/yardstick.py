@@ -58,14 +58,19 @@ class Yardstick:
             with loading.quiet():
                 judge = load_judge(Path(ref))
             return cls(judge.name, judge.sha256, judge.photographs, _heads(judge), judge.text_features)
-        clip, sha256 = loading.load_clip(ref), loading.identity(ref, "clip")
+        clip = loading.load_clip(ref)
         clip.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        return cls.of(ref, clip)
+
+    @classmethod
+    def of(cls, ref: str, clip: Clip) -> Self:
+        """The CLIP that `ref` means, which is loaded already. Raises ModelError."""
         name = Path(ref).name if Path(ref).is_dir() else ref
-        tower = clip_extractor(name, clip, sha256)
+        sha256 = loading.identity(ref, "clip")
         return cls(
             f"the CLIP of {name}",
             sha256,
-            tower,
+            clip_extractor(name, clip, sha256),
             lambda seen: seen,
             lambda texts: caption_features(clip, texts, BATCH),
             clip,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from limner.config import TrainLoraConfig, TrainUnetConfig
+from limner.data.dataset import read_split
 from limner.diffusion import objectives, schedulers
+from limner.errors import ConfigError, DataError
+from limner.evaluation.extractors import features_of
+from limner.evaluation.watch import Watch
+from limner.evaluation.yardstick import Yardstick
 from limner.models import gate, layers, loading, lora, unet
 from limner.models.representation import Aligned, misaligned
 from limner.training.encoded import Encoded
@@ -74,6 +80,20 @@ class TrainUnet:
         self.facts = {"text": self.encoded.text}  # which text encoder it reads, which `assemble` asks
         self.rates: dict[str, float] = {}
         self.stream = self.encoded.stream(config, self._example)
+        self.judge = None if config.judge is None else self._find_judge(config.judge)
+
+    def _find_judge(self, ref: str) -> Yardstick:
+        """Raises ConfigError where the judge is the CLIP that is trained on, DataError where val has no captions."""
+        judge = Yardstick.find(ref)
+        if judge.conditions(self.encoded.settings.clip):
+            raise ConfigError(
+                "The judge is the very CLIP whose token states are trained on, which flatters what is drawn; name "
+                "another --judge."
+            )
+        read_split(self.encoded.settings.data, "val")
+        if not self.encoded.captioned(1):
+            raise DataError(f"No val picture of {self.config.data} has a caption to draw for the judge; leave it out.")
+        return judge
 
     def _refuse_other_text(self, model: str) -> None:
         """Raise ModelError where a LoRA's model, which goes on reading its own text encoder, reads another one."""
@@ -131,8 +151,25 @@ class TrainUnet:
                 errors, *_ = self._answer(self.unet, {**here, "t": torch.full([size], t, device=device)})
                 sums[t] += errors.sum().item()
         figures = {f"loss_at_{t}": total / count for t, total in sums.items()}
+        figures = {"loss": sum(figures.values()) / len(figures), **figures}
         self.encoded.save_samples(samples / "drawn.png", self.unet, self.scheduler, steps=STEPS, guidance=GUIDANCE)
-        return {"loss": sum(figures.values()) / len(figures), **figures}
+        return figures if self.judge is None else figures | self.watch.score(self._drawn(device))
+
+    @functools.cached_property
+    def watch(self) -> Watch:
+        """What scores pictures of the first val captions, beside all val photographs."""
+        assert self.judge is not None
+        photographs = [record.path for record in read_split(self.encoded.settings.data, "val")]
+        seen = features_of(self.judge.extractor, photographs, cache=self.config.out / "features")
+        first = [captions[0] for captions in self.encoded.val.captions if captions]
+        return Watch(self.judge, first[: self.config.judged_pictures], self.judge.embed(seen), first)
+
+    def _drawn(self, device: torch.device) -> Tensor:
+        """Pictures of the captions that are watched (N, 3, H, W)."""
+        val = self.encoded.val
+        states = torch.stack([val.states(index, 0) for index in self.encoded.captioned(self.config.judged_pictures)])
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self.encoded.draw(self.unet, self.scheduler, states, steps=STEPS, guidance=GUIDANCE)
 
     def save(self, folder: Path) -> None:
         """Write `folder/unet` and `folder/scheduler`, or the files of a LoRA."""

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from limner.data.pictures import save_grid
-from limner.evaluation.agreement import clip_score, distinct, r_precision, score_pictures
-from limner.evaluation.features import caption_features, picture_features
-from limner.models.clip import Clip, new_tokenizer
-from tiny import CAPTIONS, VOCABULARY, tiny_clip
-
-NORMALISATION = {"image_mean": [0.5] * 3, "image_std": [0.25, 0.5, 0.75]}
+from limner.evaluation.agreement import clip_score, distinct, r_precision
 
 
 def features(count: int, seed: int, width: int = 6) -> Tensor:
     """Random features of unit length (count, width)."""
     return normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-@pytest.fixture(scope="module")
-def judge() -> Clip:
-    """A tiny CLIP that tells captions and pictures apart."""
-    network = tiny_clip()
-    with torch.no_grad():
-        for projection in (network.text_projection, network.visual_projection):
-            projection.weight.mul_(50)
-    return Clip(network, new_tokenizer(CAPTIONS, VOCABULARY), NORMALISATION)
-
-
-@pytest.fixture(scope="module")
-def pixels() -> Tensor:
-    """Pictures of 16x16 pixels in [-1, 1], as many as `CAPTIONS` (8, 3, 16, 16), of bytes."""
-    return torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(1)) / 127.5 - 1
 
 
 def test_the_clip_score_counts_what_agrees() -> None:
@@ -104,47 +78,3 @@ def test_captions_of_the_same_words_are_one() -> None:
     texts, own = distinct(["a", "b", "a", "c"])
     assert texts == ["a", "b", "c"]
     assert own.tolist() == [0, 1, 0, 2]
-
-
-def test_photographs_score_as_themselves(judge: Clip, pixels: Tensor, tmp_path: Path) -> None:
-    """Pixels and the files that they are written to have the same features, and so no distance."""
-    paths = [tmp_path / f"{number}.png" for number in range(len(pixels))]
-    for picture, path in zip(pixels, paths):
-        save_grid(picture[None], path, columns=1)
-    real = picture_features(judge, paths, 4)
-    figures = score_pictures(judge, pixels, CAPTIONS, real)
-    text = caption_features(judge, CAPTIONS, 4)
-    assert figures["cmmd"] == pytest.approx(0, abs=1e-7)
-    assert figures["clip_score"] == pytest.approx(clip_score(text, real).mean().item(), abs=1e-5)
-    assert figures["r_precision"] == r_precision(real, text, torch.arange(8)).mean().item()
-    assert set(figures) == {"cmmd", "clip_score", "r_precision"}
-    assert score_pictures(judge, -pixels, CAPTIONS, real)["cmmd"] > 1e-4
-
-
-def test_larger_pictures_are_shrunk_as_pillow_shrinks_them(judge: Clip) -> None:
-    """Which is how a CLIP's own preprocessor makes pictures fit: bicubic, antialiased."""
-    blocks = torch.rand(4, 3, 5, 6, generator=torch.Generator().manual_seed(2)).round() * 2 - 1
-    large = blocks.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)  # (4, 3, 40, 48), its edges overshoot
-    large[:2] = torch.rand(2, 3, 40, 48, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    planes = [
-        Image.fromarray(plane.numpy()).resize((16, 16), Image.Resampling.BICUBIC) for plane in large.flatten(0, 1)
-    ]
-    small = torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]).unflatten(0, (4, 3)).clamp(-1, 1)
-    wanted = score_pictures(judge, small, CAPTIONS[:4], features(3, 0, 16))
-    assert score_pictures(judge, large, CAPTIONS[:4], features(3, 0, 16)) == pytest.approx(wanted, abs=1e-3)
-
-
-def test_the_batch_does_not_change_the_figures(judge: Clip, pixels: Tensor) -> None:
-    real = features(3, 0, 16)
-    whole = score_pictures(judge, pixels, CAPTIONS, real)
-    assert score_pictures(judge, pixels, CAPTIONS, real, batch_size=3) == pytest.approx(whole, abs=1e-4)
-
-
-def test_a_caption_that_comes_twice_is_no_rival_of_itself(judge: Clip, pixels: Tensor) -> None:
-    real = features(3, 0, 16)
-    assert score_pictures(judge, pixels[:2], ["A dog.", "A dog."], real)["r_precision"] == 1
-    captions = [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0], CAPTIONS[2]]
-    text, images = caption_features(judge, captions, 4), judge.image_features(pixels[:4]).detach()
-    figures = score_pictures(judge, pixels[:4], captions, real)
-    assert figures["clip_score"] == pytest.approx(clip_score(text, images).mean().item(), abs=1e-5)
-    assert figures["r_precision"] == r_precision(images, text[[0, 1, 3]], torch.tensor([0, 1, 0, 2])).mean().item()

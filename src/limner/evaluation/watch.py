@@ -1,0 +1,43 @@
+"""Pictures that are still in memory before a judge: those of a U-Net in training, and of mixes of two CLIPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from limner.data.pictures import centre_box, to_pixels
+from limner.evaluation.agreement import clip_score, distinct, r_precision
+from limner.evaluation.distances import cmmd
+from limner.evaluation.yardstick import Yardstick
+from limner.generation.engine import to_images
+
+BATCH = 32
+
+
+class Watch:
+    """Scores pictures of the same captions again and again, as `limner evaluate` scores the files of such pictures."""
+
+    def __init__(self, judge: Yardstick, captions: Sequence[str], real: Tensor, rivals: Sequence[str] = ()) -> None:
+        """`captions` are what is drawn, N; `real` (M, E) what the judge sees in photographs; a picture's own caption is
+        sought among others of these and of `rivals`.
+        """
+        texts, own = distinct([*captions, *rivals])
+        self.judge, self.real = judge, real
+        self.text, self.own = judge.read(texts), own[: len(captions)]  # (K, E), (N,)
+
+    def score(self, pixels: Tensor) -> dict[str, float]:
+        """Figures of pictures (N, 3, H, W) in [-1, 1], one a caption: cmmd, clip_score and r_precision.
+
+        CMMD falls with the number of pictures: compare only figures of equally many.
+        """
+        size = (self.judge.extractor.size,) * 2
+        seen = torch.stack([to_pixels(picture, centre_box(picture, size), size) for picture in to_images(pixels)])
+        parts = [self.judge.extractor.image_features(part) for part in seen.split(BATCH)]
+        images = self.judge.embed(torch.cat(parts))  # (N, E)
+        return {
+            "cmmd": cmmd(self.real, images),
+            "clip_score": clip_score(self.text[self.own], images).mean().item(),
+            "r_precision": r_precision(images, self.text, self.own).mean().item(),
+        }

@@ -439,6 +439,22 @@ def test_overfitting_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert gaps == pytest.approx({images: loss - trained[images] for images, loss in validated.items()})
 
 
+class Copying(Summing):
+    """These shares of what it draws are copies, validation by validation."""
+
+    shares = (0.0, 0.1, 0.2, 0.3, 0.0, 0.5)
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        return {**super().validate(samples), "copies": self.shares[int(samples.name) // 8 - 1]}
+
+
+def test_copies_are_said_when_they_begin(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_training(Copying, settings(tmp_path / "r", images=48, validate_every=8))
+    said = [r.getMessage().split(" of what")[0] for r in caplog.records if "copies" in r.getMessage()]
+    assert said == ["After 24 images 20 %", "After 48 images 50 %"]
+    assert [line["validation/copies"] for line in events(run) if "validation/copies" in line] == list(Copying.shares)
+
+
 # ---- what goes wrong
 
 

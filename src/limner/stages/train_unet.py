@@ -65,6 +65,8 @@ class TrainUnet:
             self.unet = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
             self.encoded.refuse_misfit(self.unet, config.model)
+            if isinstance(config, TrainLoraConfig) or config.tune != "full":  # else it may get used to other latents
+                self.encoded.refuse_other_vae(config.model)
             if isinstance(config, TrainLoraConfig):
                 self._refuse_other_text(config.model)
                 lora.add(self.unet, config)

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SHOWN = 8  # val captions that are drawn, beside the sample prompts
 AT_ONCE = 16  # pictures
+BF16 = 2.0**-7  # what storing a weight in bf16 may change it by, as a share
 
 
 class Encoded:
@@ -84,6 +85,23 @@ class Encoded:
                     f"The U-Net of {model} wants {what.format(wanted)}, and {self.folder} has {given}; "
                     "encode with the VAE and CLIP that it was trained with."
                 )
+
+    def refuse_other_vae(self, model: str) -> None:
+        """Raise ModelError where `model` has another VAE than the cache is of, whatever precision it is stored in.
+
+        For trainings after which the model goes on drawing latents for its own.
+        """
+        if "vae" not in loading.parts_in(loading.resolve(model)):
+            return
+        cached, its = (loading.load_vae(ref).state_dict() for ref in (self.settings.vae, model))
+        if cached.keys() != its.keys() or not all(
+            cached[name].shape == its[name].shape and torch.allclose(cached[name], its[name], rtol=BF16, atol=1e-6)
+            for name in cached
+        ):
+            raise ModelError(
+                f"{self.folder} has latents of the VAE {self.settings.vae}, and {model} has another; encode with "
+                f"--vae {model}."
+            )
 
     def stream(self, config: TrainConfig, example: Callable[[int, np.random.Generator], Example]) -> Stream:
         """The stream of train examples. Raises ConfigError where the pictures of no bucket make up a batch."""

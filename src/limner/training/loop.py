@@ -90,6 +90,7 @@ def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
 def _begin(make: Callable[[C], Task], config: C) -> tuple[Task, C, Accelerator]:
     """The task, the configuration with numbers in place of `auto`, and the processes; nothing is written."""
     refuse_unavailable(config.trackers)
+    memory.keep_freed()
     accelerator = processes.join(config.out)
     optimizers.refuse_missing(config.optimizer, accelerator.device)
     build = partial(_build, make)

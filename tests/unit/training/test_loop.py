@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import settings as within
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from kills import kill, writes_of
 from limner.artifacts import Run, read_json, sha256_folder
@@ -95,6 +97,21 @@ def test_the_result_is_the_average_and_training_goes_on_with_the_weights(tmp_pat
     for number, name in enumerate(names):
         assert torch.equal(result[name], saved[f"average.{number}"])
         assert not torch.equal(result[name], saved[f"network.{name}"])
+
+
+class Sure(Summing):
+    """Without dropout, whose draws a compiler may make otherwise."""
+
+    dropout = 0.0
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_it_learns_the_same(tmp_path: Path) -> None:
+    runs = [run_training(Sure, settings(tmp_path / str(done), compile=done)) for done in (False, True)]
+    plain, compiled = (load_file(run / "model" / "net" / "net.safetensors") for run in runs)
+    assert plain.keys() == compiled.keys(), "under the same names"
+    for name, tensor in plain.items():
+        assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 # ---- the best of a training that gets worse

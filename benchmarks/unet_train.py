@@ -3,8 +3,8 @@
     python benchmarks/unet_train.py --name my-machine --data data/flickr8k
     python benchmarks/unet_train.py --name h100 --data data/flickr8k --size sd15 --precision bf16 --batch-size 16
 
-All three train the same U-Net on the same pictures, in the same precision and batch size, in one process, and take
-turns round by round. What a step of Diffusers' train_text_to_image does is written out here with that script's
+All three train the same U-Net on the same pictures, in the same precision and batch size, each in a process of its own,
+and take turns round by round. What a step of Diffusers' train_text_to_image does is written out here with that script's
 defaults, since its examples are no package: pictures are read, resized and turned to pixels, captions to tokens; the
 VAE and the text encoder run in the precision of the training and without gradients; noise, timesteps, the U-Net, mean
 squared error, gradient clipping, AdamW. "with caches" is that without pictures, VAE and text encoder. Limner runs
@@ -19,11 +19,14 @@ what its time goes to; the same goes to results/unet_train/NAME.json.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +41,6 @@ SHOWN = 6  # kinds of operators that the profile names
 GEMM = 2048  # side of the matrices whose product shows what the machine can do
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def limner(work: Work) -> Iterator[None]:
     """Limner's training, as its loop does it."""
     from limner.config import TrainUnetConfig
     from limner.stages.train_unet import TrainUnet
-    from limner.training import optimizers, processes
+    from limner.training import memory, optimizers, processes
     from limner.training.average import WeightAverage
     from limner.training.task import place, step
 
@@ -169,6 +170,7 @@ def limner(work: Work) -> Iterator[None]:
         batch_size=work.batch_size,
         precision=work.precision,
     )
+    memory.keep_freed()
     accelerator = processes.join(None)
     task = TrainUnet(config)
     place(task.network, accelerator)
@@ -181,6 +183,9 @@ def limner(work: Work) -> Iterator[None]:
         figures["loss"].item()  # which the loop looks at
         average.update(config.batch_size, config.images)
         yield
+
+
+SIDES = {"diffusers": partial(script, cached=False), "with_caches": partial(script, cached=True), "limner": limner}
 
 
 def arithmetic(work: Work) -> float:
@@ -220,29 +225,58 @@ def profile(steps: Iterator[None]) -> dict[str, float]:
     return {name: round(times[name] / sum(times.values()), 3) for name in greatest}
 
 
+def side(name: str, work: Work, told: Connection) -> None:
+    """One of `SIDES` in a process of its own: answers a number of steps with their seconds, 0 with its profile."""
+    steps = SIDES[name](work)
+    next(steps)
+    told.send(None)
+    while (count := told.recv()) is not None:
+        if count == 0:
+            told.send(profile(steps))
+            continue
+        started = now()
+        for _ in range(count):
+            next(steps)
+        told.send(now() - started)
+
+
 def measure(work: Work, steps: int, rounds: int) -> dict[str, Any]:
     """Images a second of each side, medians over the rounds; a round before them warms up."""
-    sides = {"diffusers": script(work, cached=False), "with_caches": script(work, cached=True), "limner": limner(work)}
-    paces: dict[str, list[float]] = {name: [] for name in sides}
+    context = multiprocessing.get_context("spawn")
+    ends: dict[str, Connection] = {}
+    for name in SIDES:
+        ends[name], other = context.Pipe()
+        context.Process(target=side, args=(name, work, other)).start()
+        other.close()  # so that a side that fails is noticed
+        ends[name].recv()
+
+    def answer(name: str, count: int) -> Any:
+        ends[name].send(count)
+        return ends[name].recv()
+
+    paces: dict[str, list[float]] = {name: [] for name in SIDES}
     for number in range(rounds + 1):
-        for name, side in sides.items():
-            started = now()
-            for _ in range(steps):
-                next(side)
+        for name, own in paces.items():
+            seconds = answer(name, steps)
             if number:
-                paces[name].append(steps * work.batch_size / (now() - started))
+                own.append(steps * work.batch_size / seconds)
         if number:
             print(f"round {number}   " + "   ".join(f"{name} {own[-1]:7.2f} images/s" for name, own in paces.items()))
+    shares = answer("limner", 0)
+    for end in ends.values():
+        end.send(None)
     medians = {name: round(statistics.median(own), 2) for name, own in paces.items()}
     flop = arithmetic(work)
+    reached, able = medians["limner"] * flop / 1e12, {name: product(dtype) for name, dtype in DTYPES.items()}
     return {
         "images_a_second": medians,
         "ratio": round(medians["limner"] / medians["diffusers"], 2),
         "ratio_of_caches": round(medians["with_caches"] / medians["diffusers"], 2),
         "gflop_an_image": round(flop / 1e9, 2),
-        "tflop_a_second": round(medians["limner"] * flop / 1e12, 3),
-        "tflop_a_second_of_a_product": {name: round(product(dtype), 3) for name, dtype in DTYPES.items()},
-        "shares": profile(sides["limner"]),
+        "tflop_a_second": round(reached, 3),
+        "tflop_a_second_of_a_product": {name: round(value, 3) for name, value in able.items()},
+        "share_of_a_product": round(reached / able[work.precision], 2),
+        "shares": shares,
     }
 
 

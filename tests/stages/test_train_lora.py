@@ -19,13 +19,20 @@ from commands import limner
 from kills import kill, writes_of
 from limner import load
 from limner.artifacts import is_finished, read_json, write_json
-from limner.config import AssembleConfig, TrainLoraConfig, TrainUnetConfig
+from limner.config import (
+    AssembleConfig,
+    EncodeConfig,
+    TrainDistillConfig,
+    TrainLoraConfig,
+    TrainUnetConfig,
+    TrainVaeConfig,
+)
 from limner.errors import ModelError
 from limner.generation import provenance
 from limner.generation.engine import paint
 from limner.models import loading, lora
 from limner.settings import resolve
-from limner.stages import assemble, train_unet
+from limner.stages import assemble, encode, train_distill, train_unet, train_vae
 from trainings import config, weights
 
 STEPS, GUIDANCE = 3, 3.0
@@ -175,7 +182,26 @@ def test_only_what_is_tuned_changes(unet: Path, latents: Path, tmp_path: Path, t
     assert (tmp_path / "r" / "model" / "scheduler").is_dir()
 
 
-# ---- which text encoder
+# ---- which VAE and text encoder
+
+
+def test_latents_of_another_vae_are_refused_but_where_all_of_the_unet_can_get_used_to_them(
+    model: Path, data: Path, clip: Path, vae: Path, unet: Path, latents: Path, tmp_path: Path
+) -> None:
+    other = train_vae.run(config(TrainVaeConfig, data, tmp_path / "vae", seed=1))
+    cache = encode.run(config(EncodeConfig, data, tmp_path / "latents", clip=str(clip), vae=str(other)))
+    for stage, cls, given in (
+        (train_unet, TrainLoraConfig, {}),
+        (train_unet, TrainUnetConfig, {"tune": "cross_attention_kv"}),
+        (train_distill, TrainDistillConfig, {}),
+    ):
+        with pytest.raises(ModelError, match=r"has latents of the VAE .*, and .* has another; encode with --vae"):
+            stage.run(config(cls, cache, tmp_path / "r", model=str(model), **given))
+    assert not (tmp_path / "r").exists()
+    train_unet.TrainUnet(config(TrainUnetConfig, cache, tmp_path / "r", model=str(model)))
+    parts = {"clip": str(clip), "vae": str(vae), "unet": str(unet), "precision": "bf16", "grid": 0}
+    rounded = assemble.run(resolve(AssembleConfig, {**parts, "out": tmp_path / "model"}))
+    train_unet.TrainUnet(config(TrainLoraConfig, latents, tmp_path / "r", model=str(rounded)))
 
 
 def test_a_unet_gets_used_to_another_clip_but_a_lora_is_for_the_one_its_model_has(

@@ -265,6 +265,18 @@ def test_a_judge_scores_what_the_average_draws_and_changes_nothing(
     assert len(list((run / "features").iterdir())) == 1
 
 
+def test_the_best_may_be_by_what_the_judge_says(latents: Path, judge: Path, tmp_path: Path) -> None:
+    given = {"judge": str(judge), "judged_pictures": 3, "best_by": "cmmd", "result": "best", "patience": 2}
+    often = {"images": 400, "lr": 0.3, "ema_halflife": 0, "validate_every": 8}
+    run = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", **given, **often))
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    cmmd = {event["images"]: event["validation/cmmd"] for event in events if "validation/cmmd" in event}
+    manifest = read_json(run / "manifest.json")
+    assert manifest["validation"]["cmmd"] == min(cmmd.values())
+    assert manifest["stopped_early"]
+    assert manifest["images"] == max(cmmd) == min(cmmd, key=cmmd.__getitem__) + 16
+
+
 def test_figures_are_by_level(unet: Path) -> None:
     figures = read_json(unet / "manifest.json")["validation"]
     levels = [value for name, value in figures.items() if name.startswith("loss_at_")]

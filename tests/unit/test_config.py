@@ -169,6 +169,7 @@ def test_missing_setting_is_named_as_it_is_given() -> None:
         (UnetConfig, {"channels": [96]}, "channels"),
         (UnetConfig, {"channels": [96, 192, 257]}, "head_width"),
         (UnetConfig, {"caption_dropout": 1.5}, "caption_dropout"),
+        (UnetConfig, {"best_by": "cmmd"}, "a judge"),
         (EncodeConfig, {"size": -8}, "size"),
         (configs.AssembleConfig, {"precision": "int8"}, "precision"),
     ],

@@ -103,6 +103,11 @@ class TrainConfig(StageConfig):
         """Images that a process holds activations of at once, where all of the batch is its share."""
         return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
+    @property
+    def counted(self) -> str:
+        """The figure of a validation that tells the best: the least of it."""
+        return "loss"
+
 
 class TrainVaeConfig(TrainConfig):
     """Train the autoencoder that turns pixels into latents and back."""
@@ -276,6 +281,8 @@ class TrainUnetConfig(TrainConfig):
     a folder of recipes/judge.py, or any CLIP but the one that is trained on."""
     judged_pictures: PositiveInt = 64
     """Val captions that are drawn for `judge`."""
+    best_by: Literal["loss", "cmmd"] = "loss"
+    """What `result=best` and `patience` go by, the least of it: the loss of a validation, or the judge's CMMD."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -307,6 +314,17 @@ class TrainUnetConfig(TrainConfig):
     def _alignable(self) -> Self:
         if self.align_weight and (self.tune != "full" or isinstance(self, TrainLoraConfig)):
             raise ValueError("align_weight is for training all of a U-Net; leave it out")
+        return self
+
+    @property
+    def counted(self) -> str:
+        """The figure of a validation that tells the best: the least of it."""
+        return self.best_by
+
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if self.best_by == "cmmd" and self.judge is None:
+            raise ValueError("best_by=cmmd is what a judge says; name one with judge, or go by the loss")
         return self
 
     @model_validator(mode="after")

@@ -112,6 +112,10 @@ class LatentCache:
         """Views stored of each picture, mirrored ones among them."""
         return int(self._moments[0].shape[1])
 
+    def captioned(self, most: int) -> list[int]:
+        """The numbers of the first pictures that have captions."""
+        return [index for index, captions in enumerate(self.captions) if captions][:most]
+
     def view(self, index: int, view: int) -> Tensor:
         """Moments of one view of a picture -> (2C, h, w) float32; h and w are those of all pictures of its bucket."""
         return _tensor(self._moments[self.bucket[index]][self._row[index], view])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from limner.config import TrainLoraConfig, TrainUnetConfig
 from limner.data.dataset import read_split
+from limner.data.latents import LatentCache
 from limner.diffusion import objectives, schedulers
 from limner.errors import ConfigError, DataError
 from limner.evaluation.extractors import features_of
@@ -22,6 +23,7 @@ from limner.evaluation.watch import Watch
 from limner.evaluation.yardstick import Yardstick
 from limner.models import gate, layers, loading, lora, unet
 from limner.models.representation import Aligned, misaligned
+from limner.training.copied import Shown
 from limner.training.encoded import Encoded
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example
@@ -29,6 +31,7 @@ from limner.training.stream import Example
 JUDGED = 256  # val pictures for the validation loss
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which each of them is judged
 STEPS, GUIDANCE = 20, 4.0  # of samples
+ASKED = 16  # train captions that are drawn, to find copies of their pictures
 
 
 def run(config: TrainUnetConfig) -> Path:
@@ -62,6 +65,8 @@ class TrainUnet:
             self.unet = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
             self.encoded.refuse_misfit(self.unet, config.model)
+            if isinstance(config, TrainLoraConfig) or config.tune != "full":  # else it may get used to other latents
+                self.encoded.refuse_other_vae(config.model)
             if isinstance(config, TrainLoraConfig):
                 self._refuse_other_text(config.model)
                 lora.add(self.unet, config)
@@ -91,7 +96,7 @@ class TrainUnet:
                 "another --judge."
             )
         read_split(self.encoded.settings.data, "val")
-        if not self.encoded.captioned(1):
+        if not self.encoded.val.captioned(1):
             raise DataError(f"No val picture of {self.config.data} has a caption to draw for the judge; leave it out.")
         return judge
 
@@ -153,7 +158,16 @@ class TrainUnet:
         figures = {f"loss_at_{t}": total / count for t, total in sums.items()}
         figures = {"loss": sum(figures.values()) / len(figures), **figures}
         self.encoded.save_samples(samples / "drawn.png", self.unet, self.scheduler, steps=STEPS, guidance=GUIDANCE)
-        return figures if self.judge is None else figures | self.watch.score(self._drawn(device))
+        figures["copies"] = self.shown.share_of(self._drawn(self.encoded.train, ASKED))
+        if self.judge is None:
+            return figures
+        drawn = self._drawn(self.encoded.val, self.config.judged_pictures)
+        return figures | self.watch.score(self.encoded.decoded(drawn))
+
+    @functools.cached_property
+    def shown(self) -> Shown:
+        """What copies are looked for in."""
+        return Shown(self.encoded)
 
     @functools.cached_property
     def watch(self) -> Watch:
@@ -164,11 +178,10 @@ class TrainUnet:
         first = [captions[0] for captions in self.encoded.val.captions if captions]
         return Watch(self.judge, first[: self.config.judged_pictures], self.judge.embed(seen), first)
 
-    def _drawn(self, device: torch.device) -> Tensor:
-        """Pictures of the captions that are watched (N, 3, H, W)."""
-        val = self.encoded.val
-        states = torch.stack([val.states(index, 0) for index in self.encoded.captioned(self.config.judged_pictures)])
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+    def _drawn(self, cache: LatentCache, most: int) -> Tensor:
+        """Latents for the captions of the first pictures of a split (N, C, h, w)."""
+        states = torch.stack([cache.states(index, 0) for index in cache.captioned(most)])
+        with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.encoded.draw(self.unet, self.scheduler, states, steps=STEPS, guidance=GUIDANCE)
 
     def save(self, folder: Path) -> None:

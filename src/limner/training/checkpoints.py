@@ -41,7 +41,7 @@ class Facts:
     validation: dict[str, float] | None = None
     """Figures of the latest validation."""
     best: float | None = None
-    """The least loss of all validations so far."""
+    """The least of the figure that counts, the loss or another, of all validations so far."""
     best_at: int | None = None
     """Images seen at that validation."""
     stale: int = 0
@@ -65,8 +65,8 @@ class Facts:
         """Whether these are the weights of the best validation so far."""
         return self.best_at == self.images
 
-    def judged(self, validation: dict[str, float]) -> Self:
-        """The same after a validation with these figures, of which `loss` counts."""
+    def judged(self, validation: dict[str, float], counted: str = "loss") -> Self:
+        """The same after a validation with these figures, of which `counted` tells the best by being least."""
         loss = validation["loss"]
         trained = self.summed / self.steps if self.steps else None
         widens = (
@@ -78,8 +78,8 @@ class Facts:
         )
         widening = self.widening + 1 if widens or self.widening >= OVERFIT else 0
         now = replace(self, validation=validation, steps=0, summed=0.0, trained=trained, widening=widening)
-        if self.best is None or loss < self.best:
-            return replace(now, best=loss, best_at=self.images, stale=0)
+        if self.best is None or validation[counted] < self.best:
+            return replace(now, best=validation[counted], best_at=self.images, stale=0)
         return replace(now, stale=self.stale + 1)
 
     @property
@@ -88,6 +88,11 @@ class Facts:
         if self.validation is None or self.trained is None:
             return None
         return self.validation["loss"] - self.trained
+
+    @property
+    def copies(self) -> float:
+        """Share of what the latest validation drew that are copies of train pictures; 0 where none are looked for."""
+        return (self.validation or {}).get("copies", 0.0)
 
     @property
     def begins_to_overfit(self) -> bool:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SHOWN = 8  # val captions that are drawn, beside the sample prompts
 AT_ONCE = 16  # pictures
+BF16 = 2.0**-7  # what storing a weight in bf16 may change it by, as a share
 
 
 class Encoded:
@@ -66,7 +67,7 @@ class Encoded:
             raise DataError(f"{self.folder} is stale, as {what} changed since; encode into a new folder.")
 
     def _prompt_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        states = [self.val.states(index, 0) for index in self.captioned(SHOWN)]
+        states = [self.val.states(index, 0) for index in self.val.captioned(SHOWN)]
         if prompts:
             own = encode_prompts(*loading.load_text_encoder(self.settings.clip), prompts)
             states = [*own[:, : self.val.states(0, None).shape[0]], *states]
@@ -84,6 +85,23 @@ class Encoded:
                     f"The U-Net of {model} wants {what.format(wanted)}, and {self.folder} has {given}; "
                     "encode with the VAE and CLIP that it was trained with."
                 )
+
+    def refuse_other_vae(self, model: str) -> None:
+        """Raise ModelError where `model` has another VAE than the cache is of, whatever precision it is stored in.
+
+        For trainings after which the model goes on drawing latents for its own.
+        """
+        if "vae" not in loading.parts_in(loading.resolve(model)):
+            return
+        cached, its = (loading.load_vae(ref).state_dict() for ref in (self.settings.vae, model))
+        if cached.keys() != its.keys() or not all(
+            cached[name].shape == its[name].shape and torch.allclose(cached[name], its[name], rtol=BF16, atol=1e-6)
+            for name in cached
+        ):
+            raise ModelError(
+                f"{self.folder} has latents of the VAE {self.settings.vae}, and {model} has another; encode with "
+                f"--vae {model}."
+            )
 
     def stream(self, config: TrainConfig, example: Callable[[int, np.random.Generator], Example]) -> Stream:
         """The stream of train examples. Raises ConfigError where the pictures of no bucket make up a batch."""
@@ -137,24 +155,22 @@ class Encoded:
                 states = [self.val.states(index, 0 if self.val.captions[index] else None) for index in chosen]
                 yield {**seen, "states": torch.stack(states), "noise": noise, "draw": draw}
 
-    def captioned(self, most: int) -> list[int]:
-        """The numbers of the first val pictures that have captions."""
-        return [index for index, captions in enumerate(self.val.captions) if captions][:most]
-
     def draw(self, unet: Any, scheduler: Any, states: Tensor, *, steps: int, guidance: float) -> Tensor:
-        """A picture of each of token states (N, L, D), with a seed of its own -> pixels (N, 3, H, W), about [-1, 1]."""
+        """Latents for each of token states (N, L, D), with a seed of its own -> (N, C, h, w)."""
         device = next(unet.parameters()).device
-        vae = loading.load_vae(self.settings.vae).to(device)  # read for this, and not held while training
         noise = initial_noise(range(len(states)), self.shape)
-        pixels = []
+        latents = []
         for some, own in zip(noise.split(AT_ONCE), states.to(device).split(AT_ONCE)):
-            empty = self.empty.to(device).expand_as(own)
-            latents = denoise(
-                unet, scheduler, some.to(device), own, steps=steps, guidance=guidance, negative_states=empty
-            )
-            pixels.append(vaes.decode(vae, latents))
-        return torch.cat(pixels)
+            given = {"steps": steps, "guidance": guidance, "negative_states": self.empty.to(device).expand_as(own)}
+            latents.append(denoise(unet, scheduler, some.to(device), own, **given))
+        return torch.cat(latents)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, h, w) -> pixels (N, 3, H, W), about [-1, 1]."""
+        vae = loading.load_vae(self.settings.vae).to(latents.device)  # read for this, and not held while training
+        return torch.cat([vaes.decode(vae, some) for some in latents.split(AT_ONCE)])
 
     def save_samples(self, path: Path, unet: Any, scheduler: Any, *, steps: int, guidance: float) -> None:
         """Draw the sample prompts and val captions, each with a seed of its own, in one picture."""
-        save_grid(self.draw(unet, scheduler, self.prompt_states, steps=steps, guidance=guidance), path, columns=4)
+        latents = self.draw(unet, scheduler, self.prompt_states, steps=steps, guidance=guidance)
+        save_grid(self.decoded(latents), path, columns=4)

@@ -28,6 +28,7 @@ from limner.training.task import Task, place, recompute, step
 
 log = logging.getLogger(__name__)
 
+COPYING = 0.1  # share of copies that is warned of: of so few pictures one may be near another by chance
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls
 TIMED_STEPS = 2  # of --dry-run, after one to warm up
 
@@ -89,6 +90,7 @@ def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
 def _begin(make: Callable[[C], Task], config: C) -> tuple[Task, C, Accelerator]:
     """The task, the configuration with numbers in place of `auto`, and the processes; nothing is written."""
     refuse_unavailable(config.trackers)
+    memory.keep_freed()
     accelerator = processes.join(config.out)
     optimizers.refuse_missing(config.optimizer, accelerator.device)
     build = partial(_build, make)
@@ -164,11 +166,12 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
                 journal.write(facts.images, {**figures, "lr": rate})
             if _due(config.validate_every, seen, facts, config):
                 validation = on_main(accelerator, _validate, task, average, run.samples / f"{facts.images:09d}")
-                facts = facts.judged(validation)
+                before, facts = facts, facts.judged(validation, config.counted)
                 judged = {f"validation/{name}": value for name, value in validation.items()}
                 journal.write(facts.images, judged if facts.gap is None else {**judged, "gap": facts.gap})
                 _refuse_nan("validation loss", validation["loss"], facts.images, config)
-                _warn_of_overfitting(facts, config, accelerator)
+                if accelerator.is_main_process:
+                    _warn_of_overfitting(before, facts, config)
             if facts.is_best or _due(config.checkpoint_every, seen, facts, config):
                 kept = run.checkpoints, config.keep_checkpoints
                 on_main(accelerator, checkpoints.save, *kept, task.network, average, optimizer, facts)
@@ -221,13 +224,20 @@ def _refuse_nan(what: str, value: float, seen: int, config: TrainConfig) -> None
         )
 
 
-def _warn_of_overfitting(facts: Facts, config: TrainConfig, accelerator: Accelerator) -> None:
-    if facts.begins_to_overfit and accelerator.is_main_process:
-        best = "is what becomes the result" if config.result == "best" else "is what result=best would take"
+def _warn_of_overfitting(before: Facts, facts: Facts, config: TrainConfig) -> None:
+    best = "is what becomes the result" if config.result == "best" else "is what result=best would take"
+    if facts.begins_to_overfit:
         log.warning(
             "At %s validations in a row the validation loss had risen and the training loss fallen: the network begins "
             "to learn its pictures by heart; checkpoints/best, after %s images, %s.",
             *(checkpoints.OVERFIT, facts.best_at, best),
+        )
+    if facts.copies > COPYING >= before.copies:
+        log.warning(
+            "After %s images %.0f %% of what is drawn for train captions is nearer to a train picture than val "
+            "pictures are: the network begins to draw copies, which more pictures or fewer images prevent; "
+            "checkpoints/best, after %s images, %s.",
+            *(facts.images, 100 * facts.copies, facts.best_at, best),
         )
 
 

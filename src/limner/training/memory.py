@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 STATE = {"adamw": 8, "muon": 4, "schedule-free": 8, "adamw-8bit": 2}  # bytes of an optimiser's state, a trained weight
 
 
@@ -116,6 +119,18 @@ def free(accelerator: Accelerator) -> int | None:
         return torch.cuda.mem_get_info(accelerator.device)[0]
     there = proc("/proc/meminfo", "MemAvailable")
     return None if there is None else there // accelerator.num_processes
+
+
+def keep_freed() -> None:
+    """Let the C library keep what a step frees for the next one, for the rest of the process.
+
+    glibc maps large blocks anew each time, and Linux clears them page by page: a seventh of a step on a CPU, whose
+    activations are large blocks (docs/experiments.md). No bit of a result changes. Other libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def peak(accelerator: Accelerator) -> int | None:

@@ -140,13 +140,32 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrix with orthonormal rows or columns, roughly: all singular values come to lie near 1.
 
-    matrices (K, R, C) -> (K, R, C). Newton–Schulz iteration with Jordan's coefficients (Jordan et al. 2024).
+    matrices (K, R, C) -> (K, R, C). Newton–Schulz iteration with Jordan's coefficients (Jordan et al. 2024): each step
+    multiplies by a polynomial of the matrix's products with itself. Where these are much smaller than the matrix, the
+    polynomials are multiplied first, which takes a third of the time for kernels; in fp32 alone, as the products of
+    products need its digits.
     """
-    a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x = matrices.mT if tall else matrices  # (K, R, C), R <= C from here on
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    rows, columns = x.shape[-2:]
+    if x.dtype == torch.float32 and columns >= 2 * rows:
         gram = x @ x.mT  # (K, R, R)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        turn = factor = _polynomial(gram)
+        for _ in range(steps - 1):
+            gram = factor @ gram @ factor  # all are polynomials of the first, so they commute
+            factor = _polynomial(gram)
+            turn = factor @ turn
+        x = turn @ x
+    else:
+        for _ in range(steps):
+            x = _polynomial(x @ x.mT) @ x
     return x.mT if tall else x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """a + b A + c A^2 of symmetric matrices A (K, R, R) -> (K, R, R)."""
+    a, b, c = NEWTON_SCHULZ
+    value = b * gram + c * gram @ gram
+    value.diagonal(dim1=-2, dim2=-1).add_(a)
+    return value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from limner.errors import ConfigError, UserError
 
 WAIT = timedelta(hours=2)  # for the main process, which validates and writes alone
+SETTLE = 0.2  # seconds that a process of several waits at its end
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,12 +24,24 @@ T = TypeVar("T")
 
 def join(folder: Path | None) -> Accelerator:
     """Join the other processes, if there are any; what trackers write goes to `folder`."""
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes that torchrun started without a GPU stay strangers
         mixed_precision="no",  # its own could not differ between two trainings of a process; see `task.step`
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
+    if accelerator.num_processes > 1:
+        atexit.unregister(_settle)  # of an earlier training: once is enough
+        atexit.register(_settle)
+    return accelerator
+
+
+def _settle() -> None:
+    """Let gloo's threads free the tensors of what they did last, whether it ended well or not.
+
+    One that does so once Python is ending ends the process with SIGABRT (PyTorch's issue 190489).
+    """
+    time.sleep(SETTLE)
 
 
 def on_main(accelerator: Accelerator, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

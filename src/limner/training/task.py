@@ -40,9 +40,11 @@ class Task(Protocol):
         """The scalar to minimise, above zero, and figures worth logging; `batch` is this process's share."""
 
     def validate(self, samples: Path) -> dict[str, float]:
-        """Judge the network as it is; `loss` in the answer chooses the best checkpoint. Writes pictures to look at.
+        """Judge the network as it is, and write pictures to look at.
 
-        Of several processes only the main one calls it.
+        `loss` is in the answer, and what the configuration counts, which chooses the best checkpoint; `copies`, the
+        share of what is drawn that are copies of train pictures, may be. Of several processes only the main one calls
+        it.
         """
 
     def save(self, folder: Path) -> None:

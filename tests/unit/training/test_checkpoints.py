@@ -328,6 +328,14 @@ def test_facts_follow_the_validations(losses: list[float]) -> None:
         assert Facts(**json.loads(json.dumps(asdict(known)))) == known
 
 
+def test_the_best_is_by_the_figure_that_counts() -> None:
+    known = Facts()
+    for loss, cmmd in ((3.0, 5.0), (2.0, 4.0), (1.0, 6.0)):
+        known = known.trained_on(8, 2.0).judged({"loss": loss, "cmmd": cmmd}, "cmmd")
+    assert (known.best, known.best_at, known.stale) == (4.0, 16, 1)
+    assert known.gap == -1.0, "the gap is of losses all the same"
+
+
 MOVES = st.lists(st.sampled_from([(1, -1), (1, -1), (1, -1), (1, 0), (0, -1), (1, 1), (-1, -1)]), max_size=20)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import settings as within
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from kills import kill, writes_of
 from limner.artifacts import Run, read_json, sha256_folder
@@ -95,6 +97,21 @@ def test_the_result_is_the_average_and_training_goes_on_with_the_weights(tmp_pat
     for number, name in enumerate(names):
         assert torch.equal(result[name], saved[f"average.{number}"])
         assert not torch.equal(result[name], saved[f"network.{name}"])
+
+
+class Sure(Summing):
+    """Without dropout, whose draws a compiler may make otherwise."""
+
+    dropout = 0.0
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_it_learns_the_same(tmp_path: Path) -> None:
+    runs = [run_training(Sure, settings(tmp_path / str(done), compile=done)) for done in (False, True)]
+    plain, compiled = (load_file(run / "model" / "net" / "net.safetensors") for run in runs)
+    assert plain.keys() == compiled.keys(), "under the same names"
+    for name, tensor in plain.items():
+        assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 # ---- the best of a training that gets worse
@@ -437,6 +454,22 @@ def test_overfitting_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     gaps = {line["images"]: line["gap"] for line in lines if "gap" in line}
     validated = {line["images"]: line["validation/loss"] for line in lines if "validation/loss" in line}
     assert gaps == pytest.approx({images: loss - trained[images] for images, loss in validated.items()})
+
+
+class Copying(Summing):
+    """These shares of what it draws are copies, validation by validation."""
+
+    shares = (0.0, 0.1, 0.2, 0.3, 0.0, 0.5)
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        return {**super().validate(samples), "copies": self.shares[int(samples.name) // 8 - 1]}
+
+
+def test_copies_are_said_when_they_begin(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_training(Copying, settings(tmp_path / "r", images=48, validate_every=8))
+    said = [r.getMessage().split(" of what")[0] for r in caplog.records if "copies" in r.getMessage()]
+    assert said == ["After 24 images 20 %", "After 48 images 50 %"]
+    assert [line["validation/copies"] for line in events(run) if "validation/copies" in line] == list(Copying.shares)
 
 
 # ---- what goes wrong

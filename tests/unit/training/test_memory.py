@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,18 @@ def test_what_there_is_and_what_was_taken_is_in_bytes() -> None:
     assert after >= most
     assert after >= taken.nbytes
     assert memory.proc("/proc/no/such/file", "VmRSS") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
+def test_what_is_freed_is_there_for_the_next_step() -> None:
+    memory.keep_freed()
+    torch.ones(2**24)  # 64 MB
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 2**26 / os.sysconf("SC_PAGE_SIZE"), "pages enough for less than one of the ten"
 
 
 @linux

@@ -78,6 +78,20 @@ def test_orthogonal_takes_each_matrix_by_itself(rows: int, columns: int, count: 
         assert_close(orthogonal(matrix.mT[None])[0], direction.mT)
 
 
+@pytest.mark.parametrize("shape", [(16, 144), (16, 32), (16, 31), (16, 16), (64, 16)])
+@pytest.mark.parametrize("noise", [1.0, 1e-4])
+def test_orthogonal_is_the_iteration_as_it_is_written(shape: tuple[int, int], noise: float) -> None:
+    """Jordan's, in float64; also of gradients that are all but of rank two."""
+    a, b, c = optimizers.NEWTON_SCHULZ
+    matrix = drawn(shape[0], 2, seed=1) @ drawn(2, shape[1], seed=2) + noise * drawn(*shape)
+    x = matrix.double() / matrix.norm().double()
+    x = x.mT if shape[0] > shape[1] else x
+    for _ in range(5):
+        x = a * x + (b * x @ x.mT + c * x @ x.mT @ x @ x.mT) @ x
+    wanted = x.mT if shape[0] > shape[1] else x
+    assert (orthogonal(matrix[None])[0] - wanted).norm() < 1e-3 * wanted.norm()
+
+
 def test_a_gradient_of_zero_moves_nothing() -> None:
     assert torch.equal(orthogonal(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
 

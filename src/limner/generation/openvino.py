@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -160,14 +159,24 @@ class CompiledUNet:
         return self.load(self.folder / OUTERMOST, shapes)
 
 
-class DecodedByOpenVino:
-    """A VAE whose decoder is `Compiled`."""
+class Later:
+    """A network that is read when more than its settings is wanted: Diffusers alone takes seconds to import."""
 
-    def __init__(self, vae: Any, decoder: Compiled) -> None:
-        self.vae, self.decoder = vae, decoder
+    def __init__(self, config: dict[str, Any], read: Callable[[], Any]) -> None:
+        self.config, self.read = config, functools.cache(read)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.vae, name)
+        return getattr(self.read(), name)
+
+
+class DecodedByOpenVino(Later):
+    """A VAE whose decoder is `Compiled`."""
+
+    dtype = torch.float32
+
+    def __init__(self, vae: Later, decoder: Compiled) -> None:
+        super().__init__(vae.config, vae.read)
+        self.decoder = decoder
 
     def decode(self, drawn: Tensor, return_dict: bool = False) -> list[Tensor]:
         """As Diffusers' VAE without `return_dict`. (1, C, h, w) -> (1, 3, H, W)."""
@@ -191,10 +200,11 @@ class OpenVinoDiffusion(LatentDiffusion):
         super().__init__(spec, setup, alter)
 
     def _read(self, name: str) -> Any:
-        """The U-Net itself is read where it is converted; else its settings will do."""
-        if name != "unet":
+        """The text encoder; the others are read where they are converted, or a picture is encoded."""
+        if name == "text_encoder":
             return super()._read(name)
-        return SimpleNamespace(config=loading.read_config(loading.component(self.ref, "unet") / "config.json"))
+        config = loading.read_config(loading.component(self.ref, name) / "config.json")
+        return Later(config, functools.partial(super()._read, name))
 
     def networks(self, job: Job, states: Tensor) -> tuple[Any, Any]:
         network, vae = self.compiled(tuple(states.shape), self._latent_shape(job))
@@ -226,7 +236,7 @@ class OpenVinoDiffusion(LatentDiffusion):
         return folder
 
     def _convert_unet(self, passes: int, folder: Path) -> None:
-        unet = super()._read("unet")
+        unet = super()._read("unet")  # and not `self.unet.read`, which would keep it
         if not staged.fits(unet):
             raise ModelError(f"The U-Net of {self.ref} is of a kind that is drawn with torch; leave out --engine.")
         taken_apart, config = staged.Staged(unet), unet.config
@@ -244,7 +254,7 @@ class OpenVinoDiffusion(LatentDiffusion):
 
     def _convert_decoder(self, folder: Path) -> None:
         latents = torch.randn(1, self.vae.config["latent_channels"], EXAMPLE, EXAMPLE)
-        self._convert(Decoder(self.vae), [latents], folder / DECODER)
+        self._convert(Decoder(self.vae.read()), [latents], folder / DECODER)
 
     def _convert(self, module: nn.Module, inputs: Sequence[Tensor], file: Path) -> None:
         with torch.no_grad(), export.silence():

@@ -48,6 +48,7 @@ def apart(one: Image.Image, other: Image.Image) -> int:
         {"guidance": 4.0, "size": "24x32", "n": 2},
         {"guidance": 4.0, "size": "28x20"},
         {"guidance": 3.0, "prompt": "a " * 100},
+        {"guidance": 4.0, "steps": 5, "reuse": 2},
     ],
     ids=str,
 )

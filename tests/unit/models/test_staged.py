@@ -24,10 +24,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def passes(unet: Any) -> Passes:
+def passes(unet: Any, reuse: int = 1) -> Passes:
     """The U-Net as the denoising loop calls it."""
-    staged = Staged(unet)
-    return Passes(unet.config, staged.keys_and_values, staged.step)
+    return Passes(unet.config, Staged(unet), reuse)
 
 
 def given(pictures: int, size: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor]:
@@ -83,6 +82,27 @@ def test_keys_and_values_are_computed_once_a_prompt() -> None:
     other = quick(latents, torch.tensor(300), states + 1)[0]
     assert len(seen) == 2 * once
     assert not torch.equal(other, quick(latents, torch.tensor(300), states)[0])
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_what_is_reused_is_what_was_computed(settings: dict[str, Any]) -> None:
+    unet, (latents, states) = tiny_unet(**settings), given(2)
+    inner: list[int] = []
+    unet.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: inner.append(1))
+    condition = torch.randn(1, 16) if "time_cond_proj_dim" in settings else None
+    whole, reusing = passes(unet), passes(unet, reuse=2)
+    for number, timestep in enumerate((900, 600, 300, 0)):
+        drawn = latents + number
+        before = len(inner)
+        answer = reusing(drawn, torch.tensor(timestep), states, condition)[0]
+        assert len(inner) - before == (number + 1) % 2, "at each other step"
+        wanted = whole(drawn, torch.tensor(timestep), states, condition)[0]
+        assert torch.equal(answer, wanted) == (number % 2 == 0)
+    # At the very same latents and timestep nothing has changed that could be missed
+    reusing = passes(unet, reuse=3)
+    answers = [reusing(latents, torch.tensor(500), states, condition)[0] for _ in range(3)]
+    assert_close(answers[1:], answers[:1] * 2, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

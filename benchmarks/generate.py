@@ -188,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--name", required=True, help="name of the machine, for the file of results")
     parser.add_argument("--size", choices=["builtin", "sd15"], default="builtin", help="of the model (default builtin)")
+    parser.add_argument("--model", type=Path, help="folder for the model of sd15, made there or kept from another call")
     parser.add_argument("--pixels", type=int, help="a side of the pictures (default 128, or 256 of sd15)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
     parser.add_argument("--rounds", type=int, default=5, help="pictures of each, after one to warm up (default 5)")
@@ -200,15 +201,17 @@ def main() -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as name:
-        folder = str(BUILTIN) if chosen.size == "builtin" else sd15(Path(name) / "model")
-        measured = measure(sides(folder, Path(name), chosen), chosen)
+        folder = BUILTIN if chosen.size == "builtin" else chosen.model or Path(name) / "model"
+        if not folder.exists():
+            sd15(folder)
+        measured = measure(sides(str(folder), Path(name), chosen), chosen)
     keep(
         "generate",
         chosen.name,
         device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         versions={name: version(name) for name in ("limner", "torch", "diffusers", "transformers")},
-        **{name: value for name, value in vars(chosen).items() if name not in ("name", "threads")},
+        **{name: value for name, value in vars(chosen).items() if name not in ("name", "threads", "model")},
         **measured,
     )
 

@@ -22,7 +22,18 @@ from tiny import tiny_model, tiny_unet
 installed = pytest.mark.skipif(find_spec("openvino") is None, reason="needs OpenVINO")
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that tests share, as converting takes seconds."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
+def _in_the_shared_cache(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMNER_CACHE", str(shared))
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache."""
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))

@@ -126,7 +126,7 @@ class CompiledUNet:
     ) -> None:
         """`condition` is the width of the embedding of guidance, where that is an input."""
         self.load, self.folder = load, folder
-        self.given = [latents, []]
+        self.given: list[Sequence[int]] = [latents, []]
         self.condition = [] if condition is None else [[1, condition]]
         self.prompt = load(folder / PROMPT, [states])
         self.whole = load(folder / STEP, [*self.given, *self.condition, *self.prompt.shapes])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ class PackedConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.settings = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
+        self.settings: list[Any] = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
         # Both operators are those that torch's own compiler writes. No shape of the input is named, since bits of a
         # picture should not depend on which sizes were drawn before.
         self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.detach().to_mkldnn(), *self.settings)

@@ -1,12 +1,13 @@
 """Seconds a picture takes: by Diffusers as its README shows it, by Diffusers in bf16, by OpenVINO, and by Limner.
 
     python benchmarks/generate.py --name my-machine
-    python benchmarks/generate.py --name my-machine --size sd15 --pixels 256 --steps 4
+    python benchmarks/generate.py --name my-machine --size sd15 --pixels 256 --steps 4 --sides "diffusers fp32" limner
 
 All draw with the same weights, prompt, seed, steps, guidance and size, in one process, and take turns picture by
-picture. OpenVINO, where it is installed, computes in bf16 on networks of fixed shapes, exported as `limner models
-export` does, in Limner's own denoising loop. `--size sd15` is random weights of Stable Diffusion 1.5's sizes.
-On a GPU, sides are Diffusers and Limner eager and compiled (`--compile`), for each of `--batch` pictures at once.
+picture. "openvino", where that is installed, is networks of fixed shapes, exported as `limner models export` does, in
+Limner's own denoising loop; "limner openvino" is `--engine openvino`. Both compute in bf16 where Limner does.
+`--size sd15` is random weights of Stable Diffusion 1.5's sizes. On a GPU, sides are Diffusers and Limner eager and
+compiled (`--compile`), for each of `--batch` pictures at once.
 
 Prints a line for each side and, last, all figures as JSON; the same goes to results/generate/NAME.json.
 """
@@ -14,10 +15,12 @@ Prints a line for each side and, last, all figures as JSON; the same goes to res
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +33,7 @@ from record import keep
 from unet_train import sd15
 
 import limner
+from limner.generation import openvino, setup
 from limner.models.loading import BUILTIN
 
 PROMPT, SEED, GUIDANCE = "A golden retriever playing in a field.", 7, 5.0
@@ -62,14 +66,21 @@ def diffusers_side(folder: str, dtype: torch.dtype, chosen: argparse.Namespace, 
     return draw
 
 
-def limner_side(folder: str, precision: Any, chosen: argparse.Namespace, *, compiled: bool = False) -> Draw:
+def limner_side(
+    folder: str, chosen: argparse.Namespace, *, engine: Any = "torch", reuse: int = 1, compiled: bool = False
+) -> Draw:
     """Limner, as its Python function draws."""
-    model = limner.load(folder, precision=precision)
+    model = limner.load(folder, engine=engine)
     if compiled:
-        model.painter.unet.compile(mode="max-autotune", fullgraph=True)  # type: ignore[attr-defined]
+        model.painter.taken_apart.step = torch.compile(  # type: ignore[attr-defined]
+            model.painter.taken_apart.step,  # type: ignore[attr-defined]
+            mode="max-autotune",
+            fullgraph=True,
+        )
 
     def draw() -> np.ndarray:
         settings = {"steps": chosen.steps, "guidance": GUIDANCE, "size": chosen.pixels, "n": chosen.batch}
+        settings["reuse"] = reuse
         drawn = model(PROMPT, seed=SEED, batch_size=chosen.batch, **settings)
         return np.stack([np.asarray(image) for image in drawn.images])
 
@@ -86,7 +97,8 @@ def openvino_side(folder: str, exported: Path, chosen: argparse.Namespace) -> Dr
     requests = {}
     for network in export.networks(folder, (chosen.pixels, chosen.pixels), guided=True):
         file = export.write(network, "openvino", exported)
-        settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        precision = openvino.HINTS[setup.choose(DEVICE).precision]
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         requests[network.name] = core.compile_model(str(file), "CPU", settings).create_infer_request()
         if network.name == "unet":
             shape = tuple(network.inputs["latents"].shape[1:])
@@ -124,18 +136,22 @@ def openvino_side(folder: str, exported: Path, chosen: argparse.Namespace) -> Dr
 
 
 def sides(folder: str, exported: Path, chosen: argparse.Namespace) -> dict[str, Draw]:
-    """All sides that this machine has, loaded."""
-    found = {
-        "diffusers fp32": diffusers_side(folder, torch.float32, chosen),
-        "diffusers bf16": diffusers_side(folder, torch.bfloat16, chosen),
-        "limner": limner_side(folder, "auto", chosen),
+    """All sides that this machine has and that are wanted, loaded."""
+    known: dict[str, Callable[[], Draw]] = {
+        "diffusers fp32": partial(diffusers_side, folder, torch.float32, chosen),
+        "diffusers bf16": partial(diffusers_side, folder, torch.bfloat16, chosen),
+        "limner": partial(limner_side, folder, chosen),
+        "limner reuse 2": partial(limner_side, folder, chosen, reuse=2),
     }
     if chosen.compile:
-        found["diffusers bf16 compiled"] = diffusers_side(folder, torch.bfloat16, chosen, compiled=True)
-        found["limner compiled"] = limner_side(folder, "auto", chosen, compiled=True)
+        known["diffusers bf16 compiled"] = partial(diffusers_side, folder, torch.bfloat16, chosen, compiled=True)
+        known["limner compiled"] = partial(limner_side, folder, chosen, compiled=True)
     if DEVICE.type == "cpu" and chosen.batch == 1 and find_spec("openvino"):
-        found["openvino bf16"] = openvino_side(folder, exported, chosen)
-    return found
+        os.environ["LIMNER_CACHE"] = str(exported / "cache")
+        known["openvino"] = partial(openvino_side, folder, exported, chosen)
+        known["limner openvino"] = partial(limner_side, folder, chosen, engine="openvino")
+        known["limner openvino reuse 2"] = partial(limner_side, folder, chosen, engine="openvino", reuse=2)
+    return {name: load() for name, load in known.items() if name in (chosen.sides or known)}
 
 
 def measure(draws: dict[str, Draw], chosen: argparse.Namespace) -> dict[str, Any]:
@@ -154,15 +170,17 @@ def measure(draws: dict[str, Draw], chosen: argparse.Namespace) -> dict[str, Any
     for name in draws:
         result.seconds[name] = round(statistics.median(wall[name]), 4)
         result.cpu_seconds[name] = round(statistics.median(busy[name]), 4)
-        result.away[name] = round(float(np.abs(pictures[name] - pictures["diffusers fp32"]).mean()), 3)
+        result.away[name] = round(float(np.abs(pictures[name] - next(iter(pictures.values()))).mean()), 3)
         print(
             f"{name:<24} {result.seconds[name]:8.3f} s a picture, {result.cpu_seconds[name]:8.3f} s of processor, "
             f"{result.away[name]:.2f} of 255 from the first"
         )
-    ours = "limner compiled" if chosen.compile else "limner"
-    ratios = {name: round(value / result.seconds[ours], 2) for name, value in result.seconds.items()}
-    busy_ratios = {name: round(value / result.cpu_seconds[ours], 2) for name, value in result.cpu_seconds.items()}
-    return {**vars(result), "times_limner": ratios, "times_limner_cpu": busy_ratios}
+    ratios = {
+        ours: {name: round(value / result.seconds[ours], 2) for name, value in result.seconds.items()}
+        for ours in draws
+        if ours.startswith("limner")
+    }
+    return {**vars(result), "times": ratios}
 
 
 def main() -> None:
@@ -170,26 +188,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--name", required=True, help="name of the machine, for the file of results")
     parser.add_argument("--size", choices=["builtin", "sd15"], default="builtin", help="of the model (default builtin)")
+    parser.add_argument("--model", type=Path, help="folder for the model of sd15, made there or kept from another call")
     parser.add_argument("--pixels", type=int, help="a side of the pictures (default 128, or 256 of sd15)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
     parser.add_argument("--rounds", type=int, default=5, help="pictures of each, after one to warm up (default 5)")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (default 1)")
     parser.add_argument("--threads", type=int, help="threads of all sides (default torch's)")
+    parser.add_argument("--sides", nargs="+", help="those to measure (default all)")
     parser.add_argument("--compile", action="store_true", help="also compiled with max-autotune")
     chosen = parser.parse_args()
     chosen.pixels = chosen.pixels or (128 if chosen.size == "builtin" else 256)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as name:
-        folder = str(BUILTIN) if chosen.size == "builtin" else sd15(Path(name) / "model")
-        measured = measure(sides(folder, Path(name), chosen), chosen)
+        folder = BUILTIN if chosen.size == "builtin" else chosen.model or Path(name) / "model"
+        if not folder.exists():
+            sd15(folder)
+        measured = measure(sides(str(folder), Path(name), chosen), chosen)
     keep(
         "generate",
         chosen.name,
         device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         versions={name: version(name) for name in ("limner", "torch", "diffusers", "transformers")},
-        **{name: value for name, value in vars(chosen).items() if name not in ("name", "threads")},
+        **{name: value for name, value in vars(chosen).items() if name not in ("name", "threads", "model")},
         **measured,
     )
 

@@ -1,5 +1,5 @@
 """How long until something is seen: the help page, the import of torch, and the first step and picture of a
-cold process.
+cold process, also with OpenVINO, where that is installed and the networks were converted before.
 
     python benchmarks/startup.py --name my-machine
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ def seconds(command: list[str], **options: Any) -> float:
     return taken
 
 
-def generate() -> float:
+def generate(*flags: str) -> float:
     """Wall time from an empty process to a PNG of the built-in model with its default settings."""
     with tempfile.TemporaryDirectory() as folder:
-        taken = seconds([*LIMNER, "generate", PROMPT, "--seed", "7", "--out", folder], stdin=subprocess.DEVNULL)
+        taken = seconds([*LIMNER, "generate", PROMPT, "--seed", "7", "--out", folder, *flags], stdin=subprocess.DEVNULL)
         if not list(Path(folder).glob("**/*.png")):
             sys.exit("limner generate ended well, but there is no PNG.")
     return taken
@@ -59,14 +60,19 @@ def measure(repeats: int) -> dict[str, float | None]:
         ("import_torch", lambda: seconds([sys.executable, "-c", "import torch"])),
         ("first_step", first_step),
         ("first_picture", generate),
+        ("first_picture_openvino", lambda: generate("--engine", "openvino")),
     ):
-        if name in ("first_step", "first_picture") and not BUILTIN.exists():
-            print(f"{name.replace('_', ' '):<15} not measured: no built-in model; make it with recipes/builtin")
+        if name.startswith("first") and not BUILTIN.exists():
+            print(f"{name.replace('_', ' '):<22} not measured: no built-in model; make it with recipes/builtin")
             figures[name] = None
             continue
+        if "openvino" in name:
+            if find_spec("openvino") is None:
+                continue
+            take()  # which converts and keeps the networks
         times = sorted(take() for _ in range(repeats))
         figures[name] = round(statistics.median(times), 3)
-        print(f"{name.replace('_', ' '):<15} {figures[name]:7.3f} s   (from {times[0]:.3f} to {times[-1]:.3f})")
+        print(f"{name.replace('_', ' '):<22} {figures[name]:7.3f} s   (from {times[0]:.3f} to {times[-1]:.3f})")
     return figures
 
 

@@ -21,7 +21,7 @@ MODEL: dict[str, Any] = {
     "loras": [],
     "embeddings": [],
 }
-DEVICE = {"type": "cpu", "name": "x86_64", "threads": 2}
+DEVICE = {"type": "cpu", "name": "x86_64", "threads": 2, "engine": "torch"}
 IMAGE = Image.new("RGB", (16, 16), "red")
 
 any_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=200)

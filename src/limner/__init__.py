@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from limner.errors import LimnerError, UserError
 
 if TYPE_CHECKING:
-    from limner.config import Precision
+    from limner.config import Engine, Precision
     from limner.generation.model import Model
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ def load(
     embeddings: Sequence[str] = (),
     precision: Precision = "auto",
     low_memory: bool = False,
+    engine: Engine = "torch",
 ) -> Model:
     """Load a text-to-image model: `builtin`, a Diffusers folder or a hub id, with LoRAs, each FILE or FILE:WEIGHT, and
     textual inversions, each FILE or FILE:TOKEN.
@@ -33,4 +34,4 @@ def load(
     """
     from limner.generation.model import Model
 
-    return Model.load(model, device, loras, embeddings, precision, low_memory)
+    return Model.load(model, device, loras, embeddings, precision, low_memory, engine)

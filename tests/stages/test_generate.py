@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pty
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from commands import limner
+from commands import limner, no_special_rights
 from limner.generation import provenance
 from tiny import tiny_model, tiny_unet
 
@@ -170,6 +171,7 @@ def refusal(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
     [
         (["A dog.", "--steps", "-3"], "steps"),
         (["A dog.", "--steps", "0"], "steps"),
+        (["A dog.", "--steps", "1000000000"], "steps"),
         (["A dog.", "-n", "0"], "n: "),
         (["A dog.", "--seed", "-1"], "seed"),
         (["A dog.", "--guidance", "0.5"], "guidance"),
@@ -180,6 +182,7 @@ def refusal(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
         ),
         (["A dog.", "--size", "15x16"], "the nearest that fit: 14x16 and 16x16"),
         (["A dog.", "--size", "large"], "not SIDE or WIDTHxHEIGHT"),
+        (["A dog.", "--size", "0"], "out of range"),
         (["A dog.", "--size", "100000"], "out of range"),
         (["A dog.", "--device", "abacus"], "no device"),
         (["A dog.", "--scheduler", "eulr"], "There is no scheduler 'eulr'; the nearest is euler"),
@@ -207,10 +210,13 @@ def test_a_wrong_setting_is_refused(
     assert complaint in refusal(capfd, *arguments, "--model", folder)
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_rights_is_refused(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
-    assert "no right to write" in refusal(capfd, "A dog.", "--out", "locked/pictures", "--model", folder)
+def test_a_folder_without_rights_is_refused(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_special_rights() as place:
+        monkeypatch.chdir(place)
+        Path("locked").mkdir(mode=0o500)
+        assert "no right to write" in refusal(capfd, "A dog.", "--out", "locked/pictures", "--model", folder)
 
 
 def test_refusals_come_before_anything_is_loaded(folder: Path) -> None:
@@ -358,18 +364,42 @@ def test_the_libraries_add_no_message_of_their_own(folder: Path, tmp_path: Path)
     assert done.stderr.count("\n") == 1
 
 
-def test_a_full_disk_is_said_and_leaves_no_file(
-    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_space(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", no_space)
-    assert limner("generate", "A dog.", "--model", folder) == 2
+def test_a_full_disk_is_said_and_leaves_no_file(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))  # bytes of a file, as if the disk had no more
+    try:
+        assert limner("generate", "A dog.", "--size", 64, "--model", folder) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.splitlines()[-1].startswith("limner: The disk is full")
+    assert err.splitlines()[-1].startswith("limner: A file would become larger than is allowed at pictures/a-dog-0.png")
     assert pictures() == []
+
+
+def test_ctrl_c_ends_it_and_leaves_whole_pictures_alone(folder: Path) -> None:
+    # Shells ignore it for what they begin with &, and Python then leaves it so
+    program = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {LIMNER[2]}"
+    drawing = subprocess.Popen(
+        [*LIMNER[:2], program, "generate", "A dog.", "-n", "5", "--steps", "1000", "--model", str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    with drawing:
+        assert drawing.stdout is not None
+        first = drawing.stdout.readline()
+        drawing.send_signal(signal.SIGINT)
+        out, err = drawing.communicate(timeout=60)
+    assert drawing.returncode == 130, err
+    assert err.splitlines()[-1] == "limner: Interrupted; run the same command again to go on."
+    assert "Traceback" not in err
+    printed = (first + out).splitlines()
+    assert 1 <= len(printed) < 5
+    assert pictures() == sorted(Path(path).name for path in printed)
+    assert all(provenance.read(Path(path)) for path in printed)
 
 
 @pytest.mark.parametrize("model", ["~nobody-of-that-name/model", "a/b/c/d", "", "x" * 300, "/"])

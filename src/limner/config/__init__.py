@@ -16,6 +16,7 @@ from limner.config.serving import ServeConfig, TokenConfig
 from limner.config.stages import (
     AssembleConfig,
     EncodeConfig,
+    Engine,
     EvaluateConfig,
     Format,
     GenerateConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "CommandConfig",
     "DoctorConfig",
     "EncodeConfig",
+    "Engine",
     "EvaluateConfig",
     "ExportConfig",
     "Flag",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import PositiveInt
 
 from limner.config.base import FLAG, Argument, CommandConfig, Flag, StageConfig
-from limner.config.stages import Precision
+from limner.config.stages import Engine, Precision
 
 
 class ListModelsConfig(CommandConfig):
@@ -59,7 +59,9 @@ class DoctorConfig(CommandConfig):
 
 
 class BenchConfig(StageConfig):
-    """Measure seconds a picture and how well pictures fit their prompts, over steps, schedulers and precisions."""
+    """Measure seconds a picture and how well pictures fit their prompts, over steps, schedulers, precisions and
+    engines.
+    """
 
     model: Annotated[str, Argument()] = "builtin"
     """`builtin`, a Diffusers folder or a hub id."""
@@ -71,6 +73,8 @@ class BenchConfig(StageConfig):
     """Schedulers by the names that `limner generate` knows; may be repeated; the model's own when left out."""
     precisions: Annotated[tuple[Precision, ...], FLAG] = ("auto",)
     """Precisions; may be repeated."""
+    engines: Annotated[tuple[Engine, ...], FLAG] = ("torch",)
+    """What computes, torch or openvino; may be repeated."""
     prompts: tuple[str, ...] = (
         "A golden retriever playing in a field.",
         "A toddler playing in a sandbox.",

@@ -11,6 +11,7 @@ from limner.config.base import FLAG, Argument, Flag, StageConfig
 
 Format = Literal["png", "jpeg", "webp"]
 Precision = Literal["auto", "fp32", "bf16"]
+Engine = Literal["torch", "openvino"]
 
 
 class PrepareConfig(StageConfig):
@@ -131,6 +132,9 @@ class GenerateConfig(StageConfig):
     """How strongly the prompt is followed; 1 is off; the model's own default when left out."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """Share of guidance's contrast that is taken back, against overexposure; 0.7 is usual."""
+    reuse: PositiveInt = 1
+    """Compute the inner blocks of the U-Net at each so many steps alone, as DeepCache does: 2 is faster and a little
+    less faithful."""
     scheduler: Annotated[str | None, FLAG] = None
     """euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, unipc, deis, ddim, ddpm, pndm, lms, dpm2, dpm2_a or lcm;
     some also with _karras; the model's own when left out."""
@@ -173,6 +177,8 @@ class GenerateConfig(StageConfig):
     """`cpu` or `cuda`; the GPU when there is one."""
     precision: Annotated[Precision, FLAG] = "auto"
     """Arithmetic: fp32, bf16, or auto, which is bf16 where the processor or GPU is faster in it."""
+    engine: Annotated[Engine, FLAG] = "torch"
+    """What computes: torch, or openvino, about twice as fast on a CPU; its first picture with a model takes longer."""
     low_memory: Annotated[bool, FLAG] = False
     """Keep only that network in memory which is in use, in bf16, and decode pictures above 512 pixels in tiles."""
     batch_size: PositiveInt = 8

@@ -17,9 +17,12 @@ def guided(
     noised (N, C, h, w), timesteps () or (N,), states (2N, L, D): those without the captions first; guidance a scale, or
     one for each image (N, 1, 1, 1) -> (N, C, h, w). Both passes share a batch. `rescale`, from 0 to 1, is the share of
     the answer that is brought back to the deviation it has with the caption (Lin et al. 2305.08891, section 3.4).
+    `staged.Passes` takes what both passes share once.
     """
-    twice = torch.cat([timesteps, timesteps]) if timesteps.ndim else timesteps
-    predicted = unet(torch.cat([noised, noised]), twice, encoder_hidden_states=states, return_dict=False)[0]
+    if not getattr(unet, "shares_latents", False):
+        noised = torch.cat([noised, noised])
+        timesteps = torch.cat([timesteps, timesteps]) if timesteps.ndim else timesteps
+    predicted = unet(noised, timesteps, encoder_hidden_states=states, return_dict=False)[0]
     without, towards = predicted.chunk(2)  # (N, C, h, w) each
     answer: Tensor = without + guidance * (towards - without)
     if rescale:

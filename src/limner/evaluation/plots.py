@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,17 +72,15 @@ def plot_alpha(rows: Sequence[Mapping[str, Any]], chosen: float, path: Path) -> 
 
 
 def plot_bench(rows: Sequence[Mapping[str, Any]], unit: str, path: Path) -> None:
-    """Write a PNG of score against seconds a picture: a line a precision and scheduler, beside each point its steps.
+    """Write a PNG of score against seconds a picture: a line an engine, precision and scheduler, with its steps.
 
     `rows` as `limner bench` measures them, `unit` what a score is. Raises OSError.
     """
     figure = _figure(4.2)
     panel = figure.subplots()
-    lines = sorted({(row["precision"], row["scheduler"]) for row in rows})
-    for look, key in zip(itertools.cycle(LINES), lines):
-        own = sorted(
-            (row for row in rows if (row["precision"], row["scheduler"]) == key), key=lambda row: row["seconds"]
-        )
+    by_line = itemgetter("engine", "precision", "scheduler")
+    for look, key in zip(itertools.cycle(LINES), sorted(set(map(by_line, rows)))):
+        own = sorted((row for row in rows if by_line(row) == key), key=itemgetter("seconds"))
         _line(panel, [row["seconds"] for row in own], [row["score"] for row in own], look, ", ".join(key))
         for row in own:
             panel.annotate(str(row["steps"]), (row["seconds"], row["score"]), xytext=(5, 4), textcoords="offset points")

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
     from limner.generation.jobs import Job
 
-SETTINGS = ("steps", "guidance", "seed", "negative", "size", "scheduler", "guidance_rescale", "strength", "variation")
+SETTINGS = (
+    "steps",
+    "guidance",
+    "seed",
+    "negative",
+    "size",
+    "scheduler",
+    "guidance_rescale",
+    "reuse",
+    "strength",
+    "variation",
+)
 
 
 @dataclass(frozen=True)

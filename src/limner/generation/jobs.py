@@ -77,6 +77,8 @@ class Job:
     """A name of `samplers`; None is the model's own."""
     guidance_rescale: float = 0.0
     """How much of guidance's contrast is taken back, from 0 to 1."""
+    reuse: int = 1
+    """At each so many steps the inner blocks of the U-Net are computed."""
     template: str | None = None
     """The prompt with its alternatives, where it had some."""
     negative_template: str | None = None
@@ -176,6 +178,7 @@ def make_jobs(
     size: str | int | None = None,
     scheduler: str | None = None,
     guidance_rescale: float = 0.0,
+    reuse: int = 1,
     variation: str | None = None,
     image: Source | None = None,
     mask: Source | None = None,
@@ -200,9 +203,11 @@ def make_jobs(
     width, height = own_size if size is None else _fitting(size, spec.factor)
     if not 0 <= guidance_rescale <= 1:
         raise ConfigError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale}.")
+    if reuse < 1 or (reuse > 1 and not spec.own_loop):
+        raise ConfigError(f"reuse must be 1, or more for Stable Diffusion 1 and 2, not {reuse}.")
     if scheduler is not None:
         scheduler = samplers.checked(scheduler, spec.scheduler or {})
-    settings = Job("", "", 0, steps, guidance, width, height, scheduler, guidance_rescale)
+    settings = Job("", "", 0, steps, guidance, width, height, scheduler, guidance_rescale, reuse)
     settings = replace(settings, image=image, mask=mask, strength=strength)
     negative = texts.checked_negative(negative)
     first = _variation(spec, variation)

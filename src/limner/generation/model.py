@@ -27,7 +27,7 @@ from limner.models.lora import Lora
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from limner.config import Format, Precision
+    from limner.config import Engine, Format, Precision
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Model:
         embeddings: Sequence[Inversion] = (),
         precision: Precision = "auto",
         low_memory: bool = False,
+        engine: Engine = "torch",
     ) -> None:
         """Load what `spec` describes, and add LoRAs and textual inversions to it.
 
@@ -79,10 +80,10 @@ class Model:
         """
         self.spec = spec
         self.device = choose_device(device)
-        self.setup = setup.choose(self.device, precision, low_memory)
+        self.setup = setup.choose(self.device, precision, low_memory, engine)
         self.loras = loras
         self.embeddings = embeddings
-        self.painter = painters.new(spec, self.setup, self._alter)
+        self.painter = painters.new(spec, self.setup, self._alter, lambda: self.identity)
 
     @classmethod
     def load(
@@ -93,16 +94,18 @@ class Model:
         embeddings: Sequence[str] = (),
         precision: Precision = "auto",
         low_memory: bool = False,
+        engine: Engine = "torch",
     ) -> Self:
         """Load `builtin`, a folder or a hub id to `device`, the GPU when there is one; add LoRAs, each FILE or
         FILE:WEIGHT, and textual inversions, each FILE or FILE:TOKEN.
 
         precision is "fp32", "bf16", or "auto", which is bf16 where the device computes faster in it. low_memory keeps
-        only that network in memory which is in use. Raises as `Model` does, and where one of those can't be read.
+        only that network in memory which is in use. engine is what computes, "torch", or "openvino" on a CPU. Raises as
+        `Model` does, and where one of those can't be read.
         """
         spec = read_spec(ref)
         added = read_loras(spec, loras), read_embeddings(spec, embeddings)
-        return cls(spec, device, *added, precision, low_memory)
+        return cls(spec, device, *added, precision, low_memory, engine)
 
     def _alter(self, name: str, network: Any, tokenizer: Any) -> None:
         """Add to a network what is asked for beside the model itself."""
@@ -123,6 +126,7 @@ class Model:
         size: str | int | None = None,
         scheduler: str | None = None,
         guidance_rescale: float = 0.0,
+        reuse: int = 1,
         variation: str | None = None,
         image: Path | str | None = None,
         mask: Path | str | None = None,
@@ -136,9 +140,10 @@ class Model:
 
         Prompts may have weights and alternatives (`limner.generation.language`). steps, guidance, size (SIDE or
         "WIDTHxHEIGHT", in pixels) and scheduler (a name of `limner.diffusion.samplers`) are the model's own when left
-        out; guidance 1 is off, and guidance_rescale, from 0 to 1, takes some of its contrast back. A prompt and a seed
-        make one picture, whatever is drawn beside it: bit for bit on a CPU, and but for rounding on a GPU, whose sums
-        depend on the batch in their last bits.
+        out; guidance 1 is off, and guidance_rescale, from 0 to 1, takes some of its contrast back. With a `reuse` of 2
+        or more the inner blocks of the U-Net are computed at each so many steps alone. A prompt and a seed make one
+        picture, whatever is drawn beside it: bit for bit on a CPU, and but for rounding on a GPU, whose sums depend on
+        the batch in their last bits.
 
         `image` is a file to begin with, of which the share `strength` of the steps makes something new, and `mask` a
         file that is white where to redraw it. `variation`, SEED:STRENGTH, turns the noise towards another seed's; it
@@ -156,6 +161,7 @@ class Model:
             size=size,
             scheduler=scheduler,
             guidance_rescale=guidance_rescale,
+            reuse=reuse,
             variation=variation,
             image=None if image is None else sources.read_picture(Path(image)),
             mask=None if mask is None else sources.read_mask(Path(mask)),
@@ -214,27 +220,41 @@ class Model:
 
         LoRAs and textual inversions have their own sha256; that of all is the model's without them.
         """
-        weights = {
-            f"{part}/{name}": digest
-            for part in self.spec.parts
-            for name, digest in artifacts.sha256_folder(self.spec.folder / part, "*.safetensors").items()
-        }
-        together = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in weights.items()).encode())
+        together = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in self.weights.items()).encode())
         return {
             "ref": self.spec.ref,
             "pipeline": self.spec.pipeline,
             "scheduler": _configuration(self.painter.scheduler),
-            "weights": weights,
+            "weights": self.weights,
             "sha256": together.hexdigest(),
             "loras": [
-                {"ref": added.ref, "sha256": artifacts.sha256(added.file), "weight": added.weight}
-                for added in self.loras
+                {"ref": added.ref, "sha256": digest, "weight": added.weight}
+                for added, digest in zip(self.loras, self.lora_hashes)
             ],
             "embeddings": [
                 {"ref": added.ref, "sha256": artifacts.sha256(added.file), "token": added.token}
                 for added in self.embeddings
             ],
         }
+
+    @functools.cached_property
+    def weights(self) -> dict[str, str]:
+        """The sha256 of each weight file."""
+        return {
+            f"{part}/{name}": digest
+            for part in self.spec.parts
+            for name, digest in artifacts.sha256_folder(self.spec.folder / part, "*.safetensors").items()
+        }
+
+    @functools.cached_property
+    def lora_hashes(self) -> list[str]:
+        """The sha256 of each LoRA."""
+        return [artifacts.sha256(added.file) for added in self.loras]
+
+    @property
+    def identity(self) -> str:
+        """Tells the weights of the networks with their LoRAs from any others."""
+        return json.dumps([self.weights, [*zip(self.lora_hashes, (added.weight for added in self.loras))]])
 
     @functools.cached_property
     def device_facts(self) -> dict[str, Any]:
@@ -246,6 +266,7 @@ class Model:
             "threads": torch.get_num_threads(),
             "precision": self.setup.precision,
             "low_memory": self.setup.low_memory,
+            "engine": self.setup.engine,
         }
 
 

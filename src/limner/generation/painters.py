@@ -22,8 +22,8 @@ from limner.generation.canvas import Sketch
 from limner.generation.engine import OnStep, draw, encode_weighted, to_images
 from limner.generation.jobs import GUIDANCE, STABLE_DIFFUSION, STEPS, Job, Spec
 from limner.generation.preview import Preview
-from limner.generation.setup import OneAtATime, Setup
-from limner.models import hub, loading
+from limner.generation.setup import OneAtATime, Setup, has_fast_bf16
+from limner.models import hub, loading, packed, staged
 from limner.models import vae as vaes
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class LatentDiffusion:
 
     def __init__(self, spec: Spec, setup: Setup, alter: Alter) -> None:
         """Load from a model folder. Raises ModelError, and as `alter` does."""
-        self.ref, self.device, self.dtype, self.alter = str(spec.folder), setup.device, setup.dtype, alter
+        self.ref, self.setup, self.device, self.dtype = str(spec.folder), setup, setup.device, setup.dtype
+        self.alter = alter
         one_at_a_time = OneAtATime() if setup.low_memory else None
         for name in STABLE_DIFFUSION:
             network = self._read(name)
@@ -128,10 +129,12 @@ class LatentDiffusion:
                 on_preview(job, functools.partial(self._previewed, latents, size))
 
         states, negative_states = self._states(jobs)  # (N, L, D) each
+        passes = states if negative_states is None else torch.cat([negative_states, states])
+        unet, vae = self.networks(first, passes)
         pixels = draw(
-            self.unet,
+            unet,
             scheduler_for(self, first),
-            self.vae,
+            vae,
             states,
             seeds=[job.seed for job in jobs],
             shape=self._latent_shape(first),
@@ -149,6 +152,26 @@ class LatentDiffusion:
     def _previewed(self, latents: Tensor, size: tuple[int, int]) -> Image:
         """The preview of one picture (1, C, h, w), at its height and width."""
         return to_images(self.preview(latents))[0].resize(size[::-1])
+
+    def networks(self, job: Job, states: Tensor) -> tuple[Any, Any]:
+        """U-Net and VAE for one drawing of jobs like this, with token states (N, L, D) of all passes.
+
+        Raises ConfigError where nothing can be reused.
+        """
+        if self.taken_apart is not None:
+            return staged.Passes(self.unet.config, self.taken_apart, job.reuse), self.vae
+        if job.reuse > 1:
+            raise ConfigError("reuse is for U-Nets of Stable Diffusion's kind, without --low-memory; leave it out.")
+        return self.unet, self.vae
+
+    @functools.cached_property
+    def taken_apart(self) -> staged.Staged | None:
+        """The U-Net taken apart, and arranged for speed; None where that can't be, or memory is short."""
+        if self.setup.low_memory or not staged.fits(self.unet):
+            return None
+        if self.device.type == "cpu" and (self.dtype == torch.float32 or has_fast_bf16(self.device)):
+            packed.pack(self.unet)
+        return staged.Staged(self.unet)
 
     @functools.cached_property
     def preview(self) -> Callable[[Tensor], Tensor]:
@@ -310,6 +333,14 @@ def scheduler_for(painter: Painter, job: Job) -> Any:
     return painter.scheduler if job.scheduler is None else samplers.named(job.scheduler, painter.scheduler)
 
 
-def new(spec: Spec, setup: Setup, alter: Alter) -> Painter:
-    """The painter for a model; `alter` adds to networks of ours as soon as they are read. Raises ModelError."""
+def new(spec: Spec, setup: Setup, alter: Alter, identity: Callable[[], str]) -> Painter:
+    """The painter for a model. `alter` adds to networks of ours as soon as they are read, and `identity` tells the
+    weights that they then have from others. Raises ConfigError, ModelError.
+    """
+    if setup.engine == "openvino":
+        from limner.generation.openvino import OpenVinoDiffusion
+
+        if not spec.own_loop:
+            raise ModelError(f"{spec.ref} is a {spec.pipeline}, which draws with torch alone; leave out --engine.")
+        return OpenVinoDiffusion(spec, setup, alter, identity)
     return LatentDiffusion(spec, setup, alter) if spec.own_loop else Pipeline(spec, setup)

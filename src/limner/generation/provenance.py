@@ -40,7 +40,8 @@ def make_record(job: Job, model: dict[str, Any], device: dict[str, Any]) -> dict
     """Everything that the picture came from; `model` as `Model.facts` says, `device` as `Model.device_facts`."""
     from limner import __version__
 
-    libraries = {name: version(name) for name in LIBRARIES}
+    engine = ["openvino"] if device["engine"] == "openvino" else []
+    libraries = {name: version(name) for name in (*LIBRARIES, *engine)}
     versions = {"limner": __version__, "python": platform.python_version(), **libraries}
     settings = {field.name: _plain(getattr(job, field.name)) for field in fields(job)}
     return {"format": FORMAT, **settings, "model": model, "device": device, "versions": versions}
@@ -70,7 +71,7 @@ def differences(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for what, one, other in (
         ("scheduler", record["model"]["scheduler"], now["model"]["scheduler"]),
         ("version of", record["versions"], now["versions"]),
-        ("device", record["device"], now["device"]),
+        ("device", {"engine": "torch", **record["device"]}, now["device"]),  # which older records don't name
     ):
         for name in {**one, **other}:
             if one.get(name) != other.get(name):
@@ -112,6 +113,7 @@ def parameters(record: dict[str, Any]) -> str:
         settings["TI hashes"] = ", ".join(added)
     optional = {
         "CFG rescale": record["guidance_rescale"],
+        "DeepCache": record["reuse"] if record["reuse"] > 1 else None,
         "Template": record["template"],
         "Negative Template": record["negative_template"],
     }

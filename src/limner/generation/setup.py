@@ -1,4 +1,4 @@
-"""How a model draws on a machine: on which device, in which precision, with how much memory."""
+"""How a model draws on a machine: on which device, in which precision, by what, with how much memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
-from limner.config import Precision
+from limner.config import Engine, Precision
+from limner.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
@@ -26,18 +27,34 @@ class Setup:
     precision: Literal["fp32", "bf16"] = "fp32"
     low_memory: bool = False
     """Whether only that part of a model is in memory which is in use."""
+    engine: Engine = "torch"
+    """What computes U-Net and decoder."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations; the scheduler's arithmetic is in fp32."""
-        return DTYPES[self.precision]
+        """Of torch's weights and activations; the scheduler's arithmetic is in fp32. OpenVINO rounds for itself."""
+        return DTYPES[self.precision if self.engine == "torch" else "fp32"]
 
 
-def choose(device: torch.device, precision: Precision = "auto", low_memory: bool = False) -> Setup:
-    """`auto` is bf16 where the device can multiply it fast, which no clock decides, or memory is short; else fp32."""
+def choose(
+    device: torch.device, precision: Precision = "auto", low_memory: bool = False, engine: Engine = "torch"
+) -> Setup:
+    """`auto` is bf16 where the device can multiply it fast, which no clock decides, or memory is short; else fp32.
+
+    Raises ConfigError where the engine is not installed, or not for this.
+    """
+    if engine == "openvino":
+        from limner.models import export
+
+        export.require("openvino")
+        if device.type != "cpu" or low_memory:
+            with_ = "--low-memory" if low_memory else f"--device {device.type}"
+            raise ConfigError(
+                f"OpenVINO draws on the CPU, with all of a model in memory; leave out {with_} or --engine."
+            )
     if precision == "auto":
         precision = "bf16" if low_memory or has_fast_bf16(device) else "fp32"
-    return Setup(device, precision, low_memory)
+    return Setup(device, precision, low_memory, engine)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -94,16 +94,16 @@ def networks(ref: str, size: tuple[int, int], *, guided: bool) -> Iterator[Netwo
 
 
 def require(to: Format) -> None:
-    """Raise ConfigError where what writes the format is not installed."""
+    """Raise ConfigError where what writes the format, or draws with it, is not installed."""
     if missing := [name for name in NEEDED[to] if find_spec(name) is None]:
-        raise ConfigError(f"Writing {to} needs {missing[0]}; install with: pip install 'limner[{to}]'.")
+        raise ConfigError(f"{missing[0]} is not installed; install it with: pip install 'limner[{to}]'.")
 
 
 def write(network: Network, to: Format, folder: Path) -> Path:
     """Write a network into a folder -> its file, with one more beside it for the weights."""
     file = folder / f"{network.name}{SUFFIX[to]}"
     arguments = tuple(network.inputs.values())
-    with torch.no_grad(), _silence():
+    with torch.no_grad(), silence():
         if to == "onnx":
             torch.onnx.export(
                 network.module.eval(),
@@ -136,8 +136,8 @@ def import_openvino() -> Any:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Tracers warn of every shape that they make constant, which is what is wanted here."""
+def silence() -> Iterator[None]:
+    """Keep tracers from warning of every shape that they make constant, which is what is wanted."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

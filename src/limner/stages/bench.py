@@ -1,4 +1,4 @@
-"""limner bench: seconds a picture against how well it fits, over steps, schedulers and precisions."""
+"""limner bench: seconds a picture against how well it fits, over steps, schedulers, precisions and engines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(config: BenchConfig, score: Score | None = None) -> Path:
 
     rows = measure(config, spec, judge)
     for row in rows:
-        what = f"{row['precision']}, {row['scheduler']}, {row['steps']} steps"
+        what = f"{row['engine']}, {row['precision']}, {row['scheduler']}, {row['steps']} steps"
         print(f"{what}: {row['seconds']:.3f} s a picture, score {row['score']:.4f}")
     facts = {"model": spec.ref, "score": axis, "prompts": config.prompts, "hardware": artifacts.hardware()}
     artifacts.write_json(config.out / "bench.json", {**facts, "rows": rows})
@@ -44,7 +44,7 @@ def run(config: BenchConfig, score: Score | None = None) -> Path:
 
 def plan(config: BenchConfig) -> dict[str, Any]:
     """What `run` would measure."""
-    settings = len(config.steps) * max(len(config.schedulers), 1) * len(config.precisions)
+    settings = len(config.steps) * max(len(config.schedulers), 1) * len(config.precisions) * len(config.engines)
     return {
         "model": read_spec(config.model).ref,
         "settings": settings,
@@ -56,13 +56,13 @@ def plan(config: BenchConfig) -> dict[str, Any]:
 def measure(config: BenchConfig, spec: Spec, score: Score) -> list[dict[str, Any]]:
     """Each setting's seconds a picture, a median, and mean score. Raises ConfigError and ModelError.
 
-    The settings of a precision take turns prompt by prompt, so that a busy moment hits all alike.
+    The settings of a precision and engine take turns prompt by prompt, so that a busy moment hits all alike.
     """
     from limner.generation.model import Model
 
     rows = []
-    for precision in dict.fromkeys(config.precisions):
-        model = Model(spec, config.device, precision=precision)
+    for precision, engine in dict.fromkeys(itertools.product(config.precisions, config.engines)):
+        model = Model(spec, config.device, precision=precision, engine=engine)
         settings = list(itertools.product(config.schedulers or (None,), config.steps))
         jobs = {
             (scheduler, steps): make_jobs(spec, config.prompts, steps=steps, scheduler=scheduler)
@@ -78,6 +78,7 @@ def measure(config: BenchConfig, spec: Spec, score: Score) -> list[dict[str, Any
             images[setting].append(picture.image)
         rows += [
             {
+                "engine": engine,
                 "precision": model.setup.precision,
                 "scheduler": scheduler or OWN,
                 "steps": steps,

@@ -41,7 +41,7 @@ def run(config: GenerateConfig) -> None:
     from limner.generation.model import Model
     from limner.progress import progress
 
-    model = Model(spec, config.device, loras, embeddings, config.precision, config.low_memory)
+    model = Model(spec, config.device, loras, embeddings, config.precision, config.low_memory, config.engine)
     jobs = model.settle([job for cell in cells for job in cell])
     if config.format == "jpeg":  # which has little room
         for job in jobs:
@@ -153,6 +153,7 @@ def _read(
             size=cell.size,
             scheduler=cell.scheduler,
             guidance_rescale=cell.guidance_rescale,
+            reuse=cell.reuse,
             variation=cell.variation,
             image=image,
             mask=mask,
@@ -182,5 +183,5 @@ def _check_out(out: Path) -> None:
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise ConfigError(f"{there} is a file; choose another --out.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise ConfigError(f"There is no right to write in {there}; choose another --out.")

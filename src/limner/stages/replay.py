@@ -26,7 +26,13 @@ def run(config: ReplayConfig) -> int:
 
     drawn_on = record["device"]
     model = Model(
-        spec, config.device, loras, embeddings, drawn_on.get("precision", "fp32"), drawn_on.get("low_memory", False)
+        spec,
+        config.device,
+        loras,
+        embeddings,
+        drawn_on.get("precision", "fp32"),
+        drawn_on.get("low_memory", False),
+        drawn_on.get("engine", "torch"),
     )
     picture = next(model.draw([job]))
     again = picture.image if kind == "png" else files.reencoded(picture.image, kind, record["quality"])
@@ -85,6 +91,7 @@ def _read(config: ReplayConfig, record: dict[str, Any]) -> tuple[Spec, tuple[Any
             size=f"{record['width']}x{record['height']}",
             scheduler=record.get("scheduler"),
             guidance_rescale=record.get("guidance_rescale", 0.0),
+            reuse=record.get("reuse", 1),
             variation=variation,
             image=image and sources.read_picture(Path(image["file"])),
             mask=mask and sources.read_mask(Path(mask["file"])),

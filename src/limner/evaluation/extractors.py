@@ -1,4 +1,4 @@
-"""What sees a picture as a vector: networks behind one small protocol, and their features kept on disk.
+"""What sees a picture or reads a caption as a vector: networks behind small protocols, and their features kept on disk.
 
 `load_extractor` takes a kind and a name:
 
@@ -30,6 +30,7 @@ from limner.models.clip import Clip, normalised
 from limner.progress import progress
 
 BATCH = 32
+READ = 512  # captions that a reader is given at once
 FILTER = "lanczos"  # by which `data.pictures` resizes
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -55,6 +56,21 @@ class Extractor(Protocol):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, size, size) in [-1, 1] -> features (N, D), on CPU."""
+
+
+class Reader(Protocol):
+    """A network's view of captions."""
+
+    @property
+    def name(self) -> str:
+        """What is told while it reads."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights."""
+
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """One or more captions -> features (M, D), on CPU."""
 
 
 @dataclass(frozen=True)
@@ -171,22 +187,43 @@ def features_of(
     Where there is a folder `cache` they are kept there, by the sha256 of the pictures and of the extractor, and read
     from it the next time. Raises DataError as `batches` does.
     """
-    file = None if cache is None else cache / f"{_key(extractor, paths)}.npy"
-    if file is not None and file.is_file():
-        return torch.from_numpy(np.load(file))
-    parts = []
-    with progress(f"pictures seen by {extractor.name}", len(paths)) as advance:
-        for part in batches(extractor, paths, batch_size):
-            parts.append(part.float())
-            advance(len(part))
-    features = torch.cat(parts)  # (N, D)
-    if file is not None:
-        with atomic_file(file) as partial, partial.open("wb") as out:
-            np.save(out, features.numpy())
-    return features
-
-
-def _key(extractor: Extractor, paths: Sequence[Path]) -> str:
-    """One SHA-256 of what decides the features: the pictures in their order, the weights, how pictures are read."""
     how = f"{extractor.name} {extractor.sha256} {extractor.size} {extractor.filter}"
-    return hashlib.sha256("\n".join([how, *map(sha256, paths)]).encode()).hexdigest()
+
+    def see() -> Iterator[Tensor]:
+        with progress(f"pictures seen by {extractor.name}", len(paths)) as advance:
+            for part in batches(extractor, paths, batch_size):
+                yield part.float()
+                advance(len(part))
+
+    if cache is None:
+        return torch.cat(list(see()))
+    return _kept(cache, [how, *map(sha256, paths)], see)
+
+
+def text_features_of(reader: Reader, captions: Sequence[str], *, cache: Path) -> Tensor:
+    """Features of one or more captions -> (M, D) float32; each text is read once, so that equals tie.
+
+    They are kept in the folder `cache`, by the captions and the sha256 of the reader, and read from it the next time.
+    """
+    texts = sorted(set(captions), key=lambda text: (len(text), text))  # by length, for less padding
+    place = {text: number for number, text in enumerate(texts)}
+
+    def read() -> Iterator[Tensor]:
+        with progress(f"captions read by {reader.name}", len(texts)) as advance:
+            for start in range(0, len(texts), READ):
+                some = texts[start : start + READ]
+                yield reader.text_features(some).float()
+                advance(len(some))
+
+    return _kept(cache, [f"{reader.name} {reader.sha256}", *texts], read)[[place[caption] for caption in captions]]
+
+
+def _kept(cache: Path, key: Sequence[str], make: Callable[[], Iterator[Tensor]]) -> Tensor:
+    """What `make` yields in parts, or what was kept of that; `key` is all that decides it."""
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
+    file = cache / f"{digest}.npy"
+    if not file.is_file():
+        features = torch.cat(list(make())).numpy()
+        with atomic_file(file) as partial, partial.open("wb") as out:
+            np.save(out, features)
+    return torch.from_numpy(np.load(file))

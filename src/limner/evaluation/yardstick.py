@@ -46,7 +46,7 @@ class Yardstick:
     """The network whose features fidelity and copies are measured by."""
     embed: Callable[[Tensor], Tensor]
     """From those features (N, D) to features of unit length (N, E) that captions share."""
-    read: Callable[[Sequence[str]], Tensor]
+    text_features: Callable[[Sequence[str]], Tensor]
     """Captions to features of unit length (M, E)."""
     clip: Clip | None = None
     """Where the judge is a CLIP."""

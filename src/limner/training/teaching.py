@@ -71,14 +71,19 @@ class Lessons:
 
         def ask() -> tuple[Tensor, Tensor]:
             cache = config.out.parent / FEATURES
-            parts = [features_of(teacher.extractor, some, cache=cache) for some in (own, extra) if some]
-            return teacher.embed(torch.cat(parts)), text_features_of(teacher, texts, cache=cache)
+            seen = [features_of(teacher.extractor, some, cache=cache) for some in (own, extra) if some]
+            read = text_features_of(teacher.reader, texts, cache=cache)
+            return teacher.embed(torch.cat(seen)), teacher.embed_text(read)
+
+        def keep() -> None:
+            """One process asks; then all read what was kept."""
+            ask()
 
         if planned:
             width = teacher.text_features(texts[:1]).shape[1]
             seen, read = (normalize(torch.randn(len(some), width), dim=1) for some in (paths, texts))
         else:
-            on_main(PartialState(), lambda: ask() and None)  # the others read what it has kept
+            on_main(PartialState(), keep)
             seen, read = ask()
         unpaired = (len(own) if extra else 0, len(captions) if sayings else 0) if extra or sayings else None
         first = [0, *accumulate(len(record.captions) for record in records)]

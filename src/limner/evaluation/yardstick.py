@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limner.errors import ConfigError, ModelError
 from limner.evaluation.copies import BLOCK, SIDE, thumbnails
-from limner.evaluation.extractors import FILTER, Extractor, clip_extractor
+from limner.evaluation.extractors import FILTER, Extractor, Reader, clip_extractor
 from limner.evaluation.features import caption_features
 from limner.evaluation.judge import WEIGHTS, load_judge
 from limner.models import loading
@@ -37,6 +37,19 @@ class Thumbnails:
 
 
 @dataclass(frozen=True)
+class ClipReader:
+    """The text tower of a CLIP, whose features have unit length."""
+
+    name: str
+    sha256: str
+    clip: Clip
+
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """One or more captions -> features of unit length (M, E), on CPU."""
+        return caption_features(self.clip, captions, BATCH)
+
+
+@dataclass(frozen=True)
 class Yardstick:
     """A judge by its parts."""
 
@@ -46,8 +59,10 @@ class Yardstick:
     """The network whose features fidelity and copies are measured by."""
     embed: Callable[[Tensor], Tensor]
     """From those features (N, D) to features of unit length (N, E) that captions share."""
-    read: Callable[[Sequence[str]], Tensor]
-    """Captions to features of unit length (M, E)."""
+    reader: Reader
+    """The network that reads captions."""
+    embed_text: Callable[[Tensor], Tensor]
+    """From its features (M, C) to features of unit length (M, E)."""
     clip: Clip | None = None
     """Where the judge is a CLIP."""
 
@@ -57,7 +72,10 @@ class Yardstick:
         if (Path(ref) / WEIGHTS).is_file():
             with loading.quiet():
                 judge = load_judge(Path(ref))
-            return cls(judge.name, judge.sha256, judge.photographs, _heads(judge), judge.text_features)
+            heads = judge.heads
+            return cls(
+                judge.name, judge.sha256, judge.photographs, _still(heads.image), judge.sentences, _still(heads.text)
+            )
         clip = loading.load_clip(ref)
         clip.network.to("cuda" if torch.cuda.is_available() else "cpu")
         return cls.of(ref, clip)
@@ -67,14 +85,13 @@ class Yardstick:
         """The CLIP that `ref` means, which is loaded already. Raises ModelError."""
         name = Path(ref).name if Path(ref).is_dir() else ref
         sha256 = loading.identity(ref, "clip")
-        return cls(
-            f"the CLIP of {name}",
-            sha256,
-            clip_extractor(name, clip, sha256),
-            lambda seen: seen,
-            lambda texts: caption_features(clip, texts, BATCH),
-            clip,
-        )
+        tower = clip_extractor(name, clip, sha256)
+        reader = ClipReader(f"clip:{name}", sha256, clip)
+        return cls(f"the CLIP of {name}", sha256, tower, _as_it_is, reader, _as_it_is, clip)
+
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """One or more captions -> features of unit length (M, E)."""
+        return self.embed_text(self.reader.text_features(captions))
 
     def conditions(self, model: str) -> bool:
         """Whether the judge's text tower is the one that a model reads its prompts with, in whatever precision.
@@ -100,12 +117,18 @@ def extractor_facts(seen: Extractor) -> dict[str, Any]:
     return {"name": seen.name, "sha256": seen.sha256, "size": seen.size, "filter": seen.filter}
 
 
-def _heads(judge: Any) -> Callable[[Tensor], Tensor]:
+def _still(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A head that is not trained any more."""
+
     @torch.no_grad()
-    def embed(seen: Tensor) -> Tensor:
-        return torch.cat([judge.heads.image(part) for part in seen.split(BLOCK)])
+    def embed(features: Tensor) -> Tensor:
+        return torch.cat([head(part) for part in features.split(BLOCK)])
 
     return embed
+
+
+def _as_it_is(features: Tensor) -> Tensor:
+    return features
 
 
 def refuse_conditioning(yardstick: Yardstick, models: Sequence[str], *, allowed: bool) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ from limner.models import loading
 from limner.models.tuning import Tuning
 from limner.training.contrast import Towers, gathered
 from limner.training.loop import plan_training, run_training
-from limner.training.losses import contrastive, sigmoid
+from limner.training.losses import contrastive, missed, sigmoid
 from limner.training.stream import Example, Stream
+from limner.training.teaching import Lessons
+
+EXTRA = 0.5  # share of the examples that are no pair but a picture and a caption of which the teacher alone speaks
+NO_PAIR = -1  # their owner
 
 
 def run(config: TrainClipConfig) -> Path:
@@ -39,15 +44,15 @@ def run(config: TrainClipConfig) -> Path:
 
 def plan(config: TrainClipConfig) -> dict[str, Any]:
     """What `run` would do; a few steps are timed, nothing is written."""
-    facts = plan_training(TrainClip, config)
+    facts = plan_training(partial(TrainClip, planned=True), config)
     return {**facts, "skipped": f"{sum(skipped(config.data).values()):,} pictures without a caption"}
 
 
 class TrainClip:
     """The task: each picture of a batch among all captions, and each caption among all pictures."""
 
-    def __init__(self, config: TrainClipConfig) -> None:
-        """Raises DataError, ModelError or ConfigError."""
+    def __init__(self, config: TrainClipConfig, *, planned: bool = False) -> None:
+        """`planned`: nothing is written, also not what a teacher says. Raises DataError, ModelError or ConfigError."""
         self.config = config
         self.train = read_training_split(config.data, captioned=True)
         self.judged = Judged.of(config.data, "val")
@@ -80,33 +85,49 @@ class TrainClip:
         self.network: nn.Module = self.towers
         self.tuning = Tuning(self.clip, config)
         self.facts: dict[str, Any] = {}
+        self.lessons = None
+        if config.teacher is not None:
+            self.lessons = Lessons.of(config, self.train, planned=planned)
+            self.parents |= self.lessons.parents
         self.rates = {f"network.{name}": rate for name, rate in self.tuning.rates.items()}
         self.stream = Stream(len(self.train), config.seed, self._example, multiple=config.batch_size)
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:
-        record = self.train[index]
-        caption = draw_caption(record, rng, self.config.join)
-        flip = may_flip(caption)
-        pixels = load_crop(record.path, self.clip.size, rng, min_scale=self.config.min_scale, flip=flip)
+        record, numbers = self.train[index], draw_captions(self.train[index], rng, self.config.join)
+        path, caption, owner = record.path, " ".join(record.captions[number] for number in numbers), index
+        lesson = {}
+        if self.lessons is not None:
+            if self.lessons.unpaired and rng.random() < EXTRA:
+                path, caption, lesson, owner = *self.lessons.draw(rng), NO_PAIR
+            else:
+                lesson = self.lessons.of_pair(index, numbers)
+        flip = owner == NO_PAIR or may_flip(caption)
+        pixels = load_crop(path, self.clip.size, rng, min_scale=self.config.min_scale, flip=flip)
         if self.config.colour:
             pixels = jitter(pixels, rng, self.config.colour)
-        return {"pixels": pixels, "ids": self.clip.tokenize([caption])[0], "owner": index}
+        return {"pixels": pixels, "ids": self.clip.tokenize([caption])[0], "owner": owner, **lesson}
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The chosen loss over the batch of all processes, and the penalty for drift."""
+        """The chosen loss over the batch of all processes, and the penalties for drift and for missing the teacher."""
         self.towers.clamp()
         text, images, moved, scale, bias = network(batch["ids"], batch["pixels"])
         text, images, owners = (gathered(rows) for rows in (text, images, batch["owner"]))
+        paired = owners != NO_PAIR
+        figures = {"scale": scale}
         with torch.autocast(text.device.type, enabled=False):  # bf16 has no digits for the differences of similarities
+            pairs = text[paired], images[paired]
             if self.config.loss == "sigmoid":
-                aligned = sigmoid(text, images, scale, bias, owners)
+                total = figures["aligned"] = sigmoid(*pairs, scale, bias, owners[paired])
             else:
-                aligned = contrastive(text, images, scale, owners)
-        figures = {"aligned": aligned, "scale": scale}
-        if not self.config.drift_weight:
-            return aligned, figures
-        drift = gathered(moved).mean()
-        return aligned + self.config.drift_weight * drift, figures | {"drift": drift}
+                total = figures["aligned"] = contrastive(*pairs, scale, owners[paired])
+            if self.lessons is not None:
+                read, seen = gathered(batch["read"]), gathered(batch["seen"])
+                figures["missed"] = missed(text, images, read, seen)
+                total = total + self.config.teacher_weight * figures["missed"]
+        if self.config.drift_weight:
+            figures["drift"] = gathered(moved).mean()
+            total = total + self.config.drift_weight * figures["drift"]
+        return total, figures
 
     def validate(self, samples: Path) -> dict[str, float]:
         """Recall of val captions and pictures; `loss` is one minus the mean of the six recalls."""
@@ -121,10 +142,10 @@ class TrainClip:
             self.tuning.save(folder)
 
 
-def draw_caption(record: Record, rng: np.random.Generator, join: float) -> str:
-    """One of a picture's captions, or for a share `join` of the draws two or more of them in any order, joined."""
-    captions = record.captions
-    if len(captions) > 1 and rng.random() < join:
-        count = int(rng.integers(2, len(captions) + 1))
-        return " ".join(captions[i] for i in rng.permutation(len(captions))[:count])
-    return captions[rng.integers(len(captions))]
+def draw_captions(record: Record, rng: np.random.Generator, join: float) -> list[int]:
+    """Which of a picture's captions are shown: one, or for a share `join` of the draws two or more in any order."""
+    count = len(record.captions)
+    if count > 1 and rng.random() < join:
+        joined = int(rng.integers(2, count + 1))
+        return [int(number) for number in rng.permutation(count)[:joined]]
+    return [int(rng.integers(count))]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from limner.errors import ConfigError, UserError
@@ -44,7 +44,7 @@ def _settle() -> None:
     time.sleep(SETTLE)
 
 
-def on_main(accelerator: Accelerator, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def on_main(accelerator: Accelerator | PartialState, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `do` on the main process while the others wait. -> on all, what it returned there.
 
     Raises on all the UserError or OSError that it raised there.

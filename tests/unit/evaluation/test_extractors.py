@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 import fidelity
 from limner.errors import ConfigError, DataError, ModelError, UserError
 from limner.evaluation import extractors
-from limner.evaluation.extractors import Extractor, Network, batches, features_of, load_extractor
+from limner.evaluation.extractors import Extractor, Network, batches, features_of, load_extractor, text_features_of
 from limner.models.clip import Clip
 from photos import jpeg, put
 
@@ -57,6 +57,32 @@ def test_kept_features_are_read_only_for_the_same_pictures_and_weights(paths: li
     assert not torch.equal(features_of(Network("means", "0", 8, see), paths, cache=cache), first)
     assert calls == [5] * 6
     assert len(list(cache.iterdir())) == 6
+
+
+class Lengths:
+    """Reads of a caption how long it is, and remembers what it was given."""
+
+    name = "lengths"
+
+    def __init__(self, sha256: str = "0") -> None:
+        self.sha256, self.read = sha256, []
+
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        self.read += captions
+        return torch.tensor([[len(caption), 1.0] for caption in captions])
+
+
+def test_each_text_is_read_once_and_kept_for_the_same_captions_and_weights(tmp_path: Path) -> None:
+    reader, other = Lengths(), Lengths("1")
+    captions = [f"{'very ' * (n % 700)}long" for n in range(1_000)]
+    found = text_features_of(reader, captions, cache=tmp_path)
+    assert found[:, 0].tolist() == [len(caption) for caption in captions]
+    assert sorted(reader.read) == sorted(set(captions))
+    assert torch.equal(text_features_of(reader, captions[::-1], cache=tmp_path), found.flip(0))
+    assert len(reader.read) == 700, "the order they are asked for in is no other set of captions"
+    text_features_of(other, captions, cache=tmp_path)
+    text_features_of(reader, captions[:3], cache=tmp_path)
+    assert (len(other.read), len(reader.read), len(list(tmp_path.iterdir()))) == (700, 703, 3)
 
 
 def test_a_picture_without_numbers_is_named(paths: list[Path]) -> None:

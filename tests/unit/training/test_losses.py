@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
-from limner.training.losses import contrastive, drift, sigmoid
+from limner.training.losses import contrastive, drift, missed, sigmoid
 from tiny import CAPTIONS, tiny_clip, tiny_siglip, tiny_siglip_tokenizer, tiny_tokenizer
 
 
@@ -144,6 +144,43 @@ def test_the_order_in_a_batch_is_nothing_to_either(count: int, numbers: list[int
         lambda *pairs: sigmoid(*pairs[:2], double(9.0), double(-4.0), pairs[2]),
     ):
         assert_close(loss(text[places], images[places], owners[places]), loss(text, images, owners))
+
+
+def test_without_a_pair_there_is_nothing_to_learn() -> None:
+    text, images = (features(0, seed).requires_grad_() for seed in range(2))
+    for loss in (
+        contrastive(text, images, double(9.0), torch.arange(0)),
+        sigmoid(text, images, double(9.0), double(-4.0), torch.arange(0)),
+    ):
+        assert loss.item() == 0
+        loss.backward()
+
+
+# ---- what is missed of a teacher
+
+
+def test_nothing_is_missed_where_all_similarities_agree() -> None:
+    """Also where the student has turned all features, or has them in more numbers."""
+    read, seen = features(5, 0), features(5, 1)
+    turned, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))
+    assert_close(missed(read @ turned[:8], seen @ turned[:8], read, seen), double(0.0))
+    assert missed(seen, read, read, seen).item() > 0.5, "the captions are no pictures"
+
+
+def test_what_is_missed_by_hand() -> None:
+    """A pair that a teacher has at right angles and a student in one place: 2 of 4 similarities are 1 and not 0."""
+    axes, same = torch.eye(2, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    assert_close(missed(same, same, axes[:1], axes[1:]), double(0.5 / 0.25))
+
+
+def test_a_student_is_drawn_to_where_the_teacher_is() -> None:
+    read, seen = features(6, 0), features(6, 1)
+    text, images = (features(6, seed).requires_grad_() for seed in (2, 3))
+    assert torch.autograd.gradcheck(lambda *given: missed(*given, read, seen), [text, images])
+    lost = missed(text, images, read, seen)
+    steps = torch.autograd.grad(lost, [text, images])
+    moved = (normalize(rows - 0.1 * step, dim=1) for rows, step in zip((text, images), steps))
+    assert missed(*moved, read, seen) < lost
 
 
 # ---- drift

@@ -161,7 +161,11 @@ class Encoded:
         noise = initial_noise(range(len(states)), self.shape)
         latents = []
         for some, own in zip(noise.split(AT_ONCE), states.to(device).split(AT_ONCE)):
-            given = {"steps": steps, "guidance": guidance, "negative_states": self.empty.to(device).expand_as(own)}
+            given: dict[str, Any] = {
+                "steps": steps,
+                "guidance": guidance,
+                "negative_states": self.empty.to(device).expand_as(own),
+            }
             latents.append(denoise(unet, scheduler, some.to(device), own, **given))
         return torch.cat(latents)
 

@@ -175,21 +175,20 @@ def features_of(
 
     Where there is a folder `cache` they are kept there, by the sha256 of the pictures and of the extractor, and read
     from it the next time; the answer is then that file, of which no more is in memory than what is looked at. Raises
-    DataError as `batches` does.
+    DataError as `batches` does, OSError as the writing does.
     """
     file = None if cache is None else cache / f"{_key(extractor, paths)}.npy"
     parts = _told(extractor, paths, batch_size)
     if file is None:
         return torch.cat(list(parts))
     if not file.is_file():
-        with atomic_file(file) as partial:
-            first = next(parts)
-            kept = np.lib.format.open_memmap(partial, "w+", np.float32, (len(paths), first.shape[1]))
-            done = 0
-            for part in itertools.chain([first], parts):
-                kept[done : done + len(part)] = part.numpy()
-                done += len(part)
-            kept.flush()
+        with atomic_file(file) as partial, partial.open("wb") as out:
+            for part in parts:
+                if not out.tell():
+                    shape = (len(paths), part.shape[1])
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(out, header)
+                out.write(part.numpy().astype("<f4").tobytes())
     return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 

@@ -1,10 +1,10 @@
 """Write docs/report: what the built-in model reaches, against its base CLIP, over steps and over its training.
 
-python docs/report.py --runs runs/builtin --data data/flickr8k --judge runs/judge --out runs/report [-n 200]
+python docs/report.py --data data/flickr8k --judge runs/judge --out runs/report --base MODEL --run RUN [-n 200]
 
-RUNS is the folder of recipes/builtin, whose parts `base`, `vae` and `unet_base` are drawn with beside `builtin`. Each
-section is one call of `limner evaluate`, whose whole report is in OUT; what was drawn is kept, so the same command goes
-on where it was stopped.
+MODEL is one with the CLIP as it was before it was tuned, RUN the training of the U-Net, with the checkpoints that it
+kept. Each section is one call of `limner evaluate`, whose whole report is in OUT; what was drawn is kept, so the same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -42,25 +42,26 @@ class Part:
     figures: Sequence[str]
 
 
-def parts(runs: Path, base: Path, count: int) -> list[Part]:
+def parts(model: str, base: str, run: str, count: int) -> list[Part]:
     """What is told, in its order."""
-    quick = ("-n", str(count), "--set", "copies=false", "--set", "attribute_seeds=0")
-    curve = ("r_precision", "clip_score", "frechet", "cmmd", "recall", "seconds")
+    few = ["-n", str(count)]
+    quick = [*few, "--set", "copies=false", "--set", "attribute_seeds=0"]
+    curve = ["r_precision", "clip_score", "frechet", "cmmd", "recall"]
     return [
         Part(
             "clip",
             "Base CLIP against tuned",
-            "The U-Net as it was trained on the base CLIP, and the built-in model, whose tuned CLIP it was adapted to.",
-            [str(base), "builtin", "-n", str(count)],
+            "The first column behind the photographs is a model with the base CLIP.",
+            [base, model, *few],
             [name for name in KINDS if name not in ("memory", "seconds")],
         ),
-        Part("steps", "Steps against quality", "", ["builtin", *_each("--steps", STEPS), *quick], curve),
+        Part("steps", "Steps against quality", "", [model, *_each("--steps", STEPS), *quick], [*curve, "seconds"]),
         Part(
             "training",
             "Checkpoints over training",
-            "The weight average of each checkpoint that the training of the U-Net on the base CLIP kept.",
-            [str(runs / "unet_base"), "--checkpoints", *LOOK, *quick],
-            curve[:-1],
+            "The weight average of each checkpoint that the training of the U-Net kept.",
+            [run, "--checkpoints", *LOOK, *quick],
+            curve,
         ),
     ]
 
@@ -69,10 +70,11 @@ def _each(flag: str, values: Sequence[int]) -> list[str]:
     return [word for value in values for word in (flag, str(value))]
 
 
-def limner(arguments: Sequence[str]) -> str:
-    """Run a command, and tell it as a user writes it."""
-    subprocess.run([str(Path(sys.executable).with_name("limner")), *arguments], check=True)
-    return shlex.join(["limner", *arguments])
+def evaluate(arguments: Sequence[str]) -> str:
+    """Evaluate, and tell the command as a user writes it."""
+    command = ["limner", "evaluate", *arguments]
+    subprocess.run([str(Path(sys.executable).with_name("limner")), *command[1:]], check=True)
+    return shlex.join(command)
 
 
 def table(metrics: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -140,26 +142,24 @@ def section(part: Part, command: str, out: Path) -> str:
 def main() -> None:
     """Draw, judge and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, what in (("runs", "folder of recipes/builtin"), ("data", "dataset"), ("judge", "of recipes/judge.py")):
-        parser.add_argument(f"--{name}", type=Path, required=True, help=what)
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--judge", type=Path, required=True, help="folder of recipes/judge.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and whole reports")
+    parser.add_argument("--base", required=True, help="a model with the CLIP before tuning")
+    parser.add_argument("--run", required=True, help="a run of limner train unet")
+    parser.add_argument("--model", default="builtin", help="the model that is told of")
     parser.add_argument("-n", type=int, default=200, help="captions that are drawn")
     given = parser.parse_args()
-    base = given.out / "model_base"
-    own = {name: str(given.runs / folder) for name, folder in (("clip", "base"), ("vae", "vae"), ("unet", "unet_base"))}
-    joined = [word for name, ref in own.items() for word in (f"--{name}", ref)]
-    assembled = limner(["assemble", "--preset", "builtin", *joined, "--out", str(base)])
     text = [
-        "# What the built-in model reaches",
+        f"# What {given.model} reaches",
         f"Written by `python docs/report.py`: {given.n} captions of the test split, seen by the judge of "
         "recipes/judge.py, with 95 % intervals in brackets. `photographs` are the real ones with their own captions; "
         "where distances are told, as many of the train split.",
-        f"The model behind the base CLIP was joined by `{assembled}`.",
     ]
     shared = ["--data", str(given.data), "--judge", str(given.judge), "--set", f"cache={given.judge}-features"]
-    for part in parts(given.runs, base, given.n):
+    for part in parts(given.model, given.base, given.run, given.n):
         out = given.out / part.name
-        command = limner(["evaluate", *part.arguments, *shared, "--out", str(out)])
+        command = evaluate([*part.arguments, *shared, "--out", str(out)])
         text.append(section(part, command, out))
     write_text(FOLDER / "README.md", "\n\n".join(text) + "\n")
     print(FOLDER / "README.md")

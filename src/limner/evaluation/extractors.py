@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -191,7 +190,7 @@ def features_of(
 
     Where there is a folder `cache` they are kept there, by the sha256 of the pictures and of the extractor, and read
     from it the next time; the answer is then that file, of which no more is in memory than what is looked at. Raises
-    DataError as `batches` does.
+    DataError as `batches` does, OSError as the writing does.
     """
     how = f"{extractor.name} {extractor.sha256} {extractor.size} {extractor.filter}"
 
@@ -230,13 +229,11 @@ def _kept(cache: Path, key: Sequence[str], count: int, make: Callable[[], Iterat
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
     file = cache / f"{digest}.npy"
     if not file.is_file():
-        with atomic_file(file) as partial:
-            parts = make()
-            first = next(parts)
-            kept = np.lib.format.open_memmap(partial, "w+", np.float32, (count, first.shape[1]))
-            done = 0
-            for part in itertools.chain([first], parts):
-                kept[done : done + len(part)] = part.numpy()
-                done += len(part)
-            kept.flush()
+        with atomic_file(file) as partial, partial.open("wb") as out:
+            for part in make():
+                if not out.tell():
+                    shape = (count, part.shape[1])
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(out, header)
+                out.write(part.numpy().astype("<f4").tobytes())
     return torch.from_numpy(np.load(file, mmap_mode="c"))

@@ -117,7 +117,7 @@ def test_pairs_are_contrasted_and_all_rows_are_taught(
     assert_close(figures["missed"], missed(text, images, batch["read"], batch["seen"]))
     assert_close(loss, figures["aligned"] + 3 * figures["missed"])
     batch["owner"].fill_(NO_PAIR)
-    assert_close(made.loss(made.network, batch)[0], 3 * figures["missed"]), "a batch without a pair"
+    assert_close(made.loss(made.network, batch)[0], 3 * figures["missed"])  # a batch without a pair
 
 
 def test_it_learns_where_the_teacher_puts_pictures_and_captions(
@@ -143,10 +143,12 @@ def test_killed_and_resumed_it_ends_with_the_same_bits_and_asks_no_more(
 ) -> None:
     how = {"model": str(clip), "teacher": str(teacher), "extra": str(uncaptioned), "lr": 1e-2}
     whole, killed = (settings(data, tmp_path / name / "r", **how) for name in ("whole", "killed"))
+    for made in (whole, killed):  # each with features of its own
+        made.out.parent.mkdir()
     count = writes_of(train_clip.run, whole)
     kill(train_clip.run, killed, at_write=count // 2)
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed" / "features").iterdir()}
-    assert len(kept) == 2, "of pictures and of captions"
+    assert len(kept) == 3, "of the pairs' pictures, of the further ones and of captions"
     assert weights(train_clip.run(killed)) == weights(whole.out)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "killed" / "features").iterdir()} == kept
     other = killed.model_copy(update={"teacher": str(clip)})

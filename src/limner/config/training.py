@@ -347,7 +347,7 @@ class TrainDistillConfig(TrainConfig):
     steps: Annotated[int, FLAG, Field(ge=1, le=8)] = 4
     """Steps that the student draws in."""
     substeps: PositiveInt = 8
-    """Steps of the teacher for each of the student's."""
+    """Times that the teacher is asked for each step of the student; it goes by the midpoint method, two for a step."""
     guidance: tuple[float, float] = (1.0, 8.0)
     """Least and greatest guidance scale that the student learns; users choose in between."""
     sample_prompts: tuple[str, ...] = ()

@@ -76,15 +76,16 @@ class TrainDistill:
     def _landed(self, noised: Tensor, places: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Where the teacher goes from noised latents at places (N,) of the grid in `substeps` -> (N, C, h, w)."""
         teacher, states, guidance = self.teacher.to(noised.device), batch["states"], batch["guidance"]
+        folded = is_folded(teacher)  # which makes it a student itself
         empty = self.encoded.empty.to(states).expand_as(states)
         both = torch.cat([empty, states])  # (2N, L, D)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            if is_folded(teacher):
+            if folded:
                 return self._predicted(teacher, latents, timesteps, batch)
             return guided(teacher, latents, timesteps, both, guidance[:, None, None, None]).float()
 
-        return self.grid.descend(self.objective, noised, places, predict)
+        return self.grid.descend(self.objective, noised, places, predict, in_pairs=not folded)
 
     def _predicted(self, network: Any, noised: Tensor, timesteps: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """One pass of a U-Net that guidance is folded into -> (N, C, h, w)."""

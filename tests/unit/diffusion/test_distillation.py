@@ -49,8 +49,10 @@ def test_landing_is_a_step_solved_for_its_data(high: float, low: float, seed: in
 
 
 @EACH
-@pytest.mark.parametrize(("steps", "substeps"), [(1, 6), (4, 4), (8, 3)])
-def test_the_scheduler_goes_where_the_teacher_went(objective: Objective, steps: int, substeps: int) -> None:
+@pytest.mark.parametrize(("steps", "substeps", "in_pairs"), [(1, 6, False), (4, 4, True), (8, 3, True)])
+def test_the_scheduler_goes_where_the_teacher_went(
+    objective: Objective, steps: int, substeps: int, in_pairs: bool
+) -> None:
     """A student that answers what it was to learn draws, in plain Diffusers, what its teacher draws."""
     scheduler = schedulers.for_few_steps(OBJECTIVES[objective]())
     assert schedulers.objective_of(scheduler) == objective
@@ -68,7 +70,7 @@ def test_the_scheduler_goes_where_the_teacher_went(objective: Objective, steps: 
     for step, timestep in enumerate(scheduler.timesteps):
         places = torch.full((3,), step * substeps)
         here, there = grid.level(places), grid.level(places + substeps)
-        latents_there = grid.descend(objective, latents, places, predict)
+        latents_there = grid.descend(objective, latents, places, predict, in_pairs=in_pairs)
         x0 = landing(latents, latents_there, here, there)
         answer = target(objective, x0, noise_of(x0, latents, here), *here)
         assert timestep == grid.timesteps[step * substeps], "the network is told the same"
@@ -76,6 +78,31 @@ def test_the_scheduler_goes_where_the_teacher_went(objective: Objective, steps: 
         latents = latents_there
         assert_close(drawn, latents, rtol=1e-3, atol=1e-3)
     assert grid.sigmas[-1] == 0
+
+
+@EACH
+def test_pairs_of_substeps_are_of_second_order(objective: Objective) -> None:
+    """Data of one Gaussian, of which all is known: twice the substeps leave less than a third of the error, not half."""
+    scheduler = schedulers.for_few_steps(OBJECTIVES[objective]())
+    deviation, noised = 0.5, torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+
+    def gone(substeps: int, in_pairs: bool) -> Tensor:
+        """From the first of four steps' second to its third, clear of both ends."""
+        grid = Grid.of(scheduler, objective, 4, substeps)
+        levels = {int(t): grid.level(torch.tensor([place])) for place, t in enumerate(grid.timesteps)}
+
+        def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+            alpha, sigma = here = levels[int(timesteps[0])]
+            x0 = alpha * deviation**2 / ((alpha * deviation) ** 2 + sigma**2) * latents
+            return target(objective, x0, noise_of(x0, latents, here), *here)
+
+        return grid.descend(objective, noised, torch.full((64,), substeps), predict, in_pairs=in_pairs)
+
+    exact = gone(50, True)
+    errors = {pairs: [(gone(n, pairs) - exact).norm().item() for n in (4, 8)] for pairs in (False, True)}
+    assert errors[False][0] / errors[False][1] == pytest.approx(2, rel=0.35)
+    assert errors[True][0] / errors[True][1] > 3
+    assert errors[True][0] < errors[False][0] / 4
 
 
 @EACH

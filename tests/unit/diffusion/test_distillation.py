@@ -82,7 +82,7 @@ def test_the_scheduler_goes_where_the_teacher_went(
 
 @EACH
 def test_pairs_of_substeps_are_of_second_order(objective: Objective) -> None:
-    """Data of one Gaussian, of which all is known: twice the substeps leave less than a third of the error, not half."""
+    """Data of one Gaussian, of which all is known: twice the substeps leave under a third of the error, not half."""
     scheduler = schedulers.for_few_steps(OBJECTIVES[objective]())
     deviation, noised = 0.5, torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(0))
 

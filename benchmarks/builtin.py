@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from record import keep
@@ -35,28 +37,43 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 STEPS = (1, 2, 4, 8, 20)
 
 
-def cold(model: str, repeats: int) -> dict[str, float]:
-    """Seconds of the imports alone and of a picture from an empty process, medians; and MiB of the latter."""
-    times: dict[str, list[float]] = {"imports": [], "cold": []}
+class Taken(NamedTuple):
+    """Seconds by the clock, and of all processors together, which tell less of what else the machine did."""
+
+    wall: float
+    processor: float
+
+
+def cold(model: str, repeats: int) -> tuple[dict[str, Taken], int]:
+    """The imports alone and a picture from an empty process, medians; and the MiB that the latter held at most."""
+    taken: dict[str, list[Taken]] = {"imports": [], "cold": []}
     with tempfile.TemporaryDirectory() as out:
         draw = [*LIMNER, "generate", PROMPT, "--model", model, "--out", out]
         for _ in range(repeats):
-            times["imports"].append(seconds([sys.executable, "-c", IMPORTS]))
-            times["cold"].append(seconds(draw, stdin=subprocess.DEVNULL))
+            for name, command in (("imports", [sys.executable, "-c", IMPORTS]), ("cold", draw)):
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                wall = seconds(command, stdin=subprocess.DEVNULL)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                taken[name].append(Taken(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1 if sys.platform == "linux" else 1024)  # KiB
-    return {name: round(statistics.median(taken), 3) for name, taken in times.items()} | {"mib": round(most / 1024)}
+    return {name: medians(some) for name, some in taken.items()}, round(most / 1024)
 
 
-def warm(model: str, repeats: int) -> dict[str, float]:
-    """Seconds of a picture of a model that has drawn before, by steps: medians over rounds in which all take turns."""
+def warm(model: str, repeats: int) -> dict[str, Taken]:
+    """A picture of a model that has drawn before, by steps: medians over rounds in which all take turns."""
     painter = limner.load(model)
-    times: dict[int, list[float]] = {steps: [] for steps in STEPS}
+    taken: dict[str, list[Taken]] = {f"{steps} steps": [] for steps in STEPS}
     for number in range(repeats + 1):
-        for steps, taken in times.items():
-            started = time.perf_counter()
+        for steps, some in zip(STEPS, taken.values()):
+            started, begun = time.perf_counter(), time.process_time()
             painter(PROMPT, seed=number, steps=steps)
-            taken.append(time.perf_counter() - started)
-    return {str(steps): round(statistics.median(taken[1:]), 3) for steps, taken in times.items()}
+            some.append(Taken(time.perf_counter() - started, time.process_time() - begun))
+    return {name: medians(some[1:]) for name, some in taken.items()}
+
+
+def medians(taken: Sequence[Taken]) -> Taken:
+    """Of both kinds of seconds, to the millisecond."""
+    return Taken(*(round(statistics.median(some), 3) for some in zip(*taken)))
 
 
 def main() -> None:
@@ -66,13 +83,11 @@ def main() -> None:
     parser.add_argument("--model", default="builtin", help="another model folder (default builtin)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each is measured (default 5)")
     given = parser.parse_args()
-    first, drawn = cold(given.model, given.repeats), warm(given.model, given.repeats)
-    print(f"imports  {first['imports']:7.3f} s")
-    print(
-        f"cold     {first['cold']:7.3f} s, {first['cold'] - first['imports']:.3f} s more than that; {first['mib']} MiB"
-    )
-    for steps, taken in drawn.items():
-        print(f"{steps:>2} steps {taken:7.3f} s")
+    found, mib = cold(given.model, given.repeats)
+    found |= warm(given.model, given.repeats)
+    for name, (wall, processor) in found.items():
+        print(f"{name:<8} {wall:7.3f} s, {processor:7.3f} s of processor")
+    print(f"memory   {mib:7,} MiB")
     keep(
         "builtin",
         given.name,
@@ -80,8 +95,9 @@ def main() -> None:
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         repeats=given.repeats,
-        seconds={"imports": first["imports"], "cold": first["cold"], "warm": drawn},
-        peak_mib=first["mib"],
+        seconds={name: taken.wall for name, taken in found.items()},
+        cpu_seconds={name: taken.processor for name, taken in found.items()},
+        peak_mib=mib,
     )
 
 

@@ -165,11 +165,10 @@ def main() -> None:
             figures["get_while_drawing"] = looks(server, arguments.pictures * 3)
         finally:
             server.end()
-    figures["engine_pictures_a_second"] = round(float(np.median(engine)), 2)
+    alone = float(np.median(engine))
+    figures["engine_pictures_a_second"] = round(alone, 2)
     for n in CLIENTS:
-        figures[f"clients_{n}"]["share_of_engine"] = round(
-            figures[f"clients_{n}"]["pictures_a_second"] / np.median(engine), 3
-        )
+        figures[f"clients_{n}"]["share_of_engine"] = round(figures[f"clients_{n}"]["pictures_a_second"] / alone, 3)
     for name, value in figures.items():
         print(f"{name:<26} {value}")
     keep("serve", arguments.name, limner=limner.__version__, pictures=arguments.pictures, steps=STEPS, **figures)

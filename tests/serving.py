@@ -179,7 +179,6 @@ class Queue:
     def __init__(self, postgres: str | None) -> None:
         """`postgres` is the URL of a PostgreSQL server."""
         self.postgres = postgres
-        self._names = (f"limner{number}" for number in itertools.count())
         self._databases: dict[Path, str] = {}
 
     def sets(self, data: Path) -> tuple[str, ...]:
@@ -187,7 +186,7 @@ class Queue:
         if self.postgres is None:
             return ()
         if data not in self._databases:
-            self._databases[data] = new_database(self.postgres, next(self._names))
+            self._databases[data] = new_database(self.postgres, f"limner-{uuid4().hex}")
         return (f"database={self._databases[data]}",)
 
     def begin(self, data: Path, *models: object, sets: tuple[str, ...] = (), host: str = "127.0.0.1") -> Server:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from asyncio import Future
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from starlette.concurrency import run_in_threadpool
 from starlette.routing import Mount
 
 from limner.serving.service import Service
@@ -57,30 +58,35 @@ async def opening(app: FastAPI, service: Service) -> AsyncIterator[None]:
         yield
         return
     add(app)
-    ending = asyncio.Event()
+    ending: Future[None] = asyncio.get_running_loop().create_future()
     page = asyncio.create_task(_open(app, service, ending))
     yield
-    ending.set()
+    ending.set_result(None)
     await page
 
 
-async def _open(app: FastAPI, service: Service, ending: asyncio.Event) -> None:
-    """Load the page, put it at `PATH`, and keep it going until the end."""
-    while not (service.worker.ready or ending.is_set()):
+async def _open(app: FastAPI, service: Service, ending: Future[None]) -> None:
+    """Load the page, put it at `PATH`, and keep it going until the end, which may come before it is there."""
+    while not service.worker.ready and not ending.done():
         await asyncio.sleep(LOOK)
-    if ending.is_set():
+    loaded: Future[FastAPI] = asyncio.get_running_loop().create_future()
+    threading.Thread(target=_load, args=(service, loaded), daemon=True).start()
+    await asyncio.wait({loaded, ending}, return_when=asyncio.FIRST_COMPLETED)
+    if ending.done():
         return
+    inner = loaded.result()
+    async with inner.router.lifespan_context(inner):
+        app.router.routes.insert(0, Mount(PATH, inner.routes[-1].app))  # type: ignore[attr-defined]
+        await ending
+
+
+def _load(service: Service, loaded: Future[FastAPI]) -> None:
     try:
-        inner = await run_in_threadpool(_load, service)
+        from limner.serving import page
+
+        application = page.application(service, PATH)
     except Exception:  # programs can do without
         log.exception("the page can't be opened")
         return
-    async with inner.router.lifespan_context(inner):
-        app.router.routes.insert(0, Mount(PATH, inner.routes[-1].app))  # type: ignore[attr-defined]
-        await ending.wait()
-
-
-def _load(service: Service) -> FastAPI:
-    from limner.serving import page
-
-    return page.application(service, PATH)
+    with suppress(RuntimeError):  # the server has ended meanwhile
+        loaded.get_loop().call_soon_threadsafe(loaded.set_result, application)

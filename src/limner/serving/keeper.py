@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +134,11 @@ class Keeper:
         log.info("job ended", extra={"job": held.row.id, "state": state})
         self._changes.tell(held.row.id)
 
-    def clear(self, job: str) -> None:
-        """Remove the pictures of a job that has none, of a server that died between a file and its row."""
-        shutil.rmtree(folder_of(self._out, job), ignore_errors=True)
+    def clear(self, job: str, known: Collection[str]) -> None:
+        """Remove what lies with a job and is none of `known`, which are files below the server's folder.
+
+        A server leaves such files that dies before it has written their rows.
+        """
+        for file in folder_of(self._out, job).glob("*"):
+            if file.relative_to(self._out).as_posix() not in known:
+                file.unlink(missing_ok=True)

@@ -259,10 +259,10 @@ class Worker:
 
     def _missing(self, spec: Spec, held: Held) -> list[tuple[int, Job]]:
         """The pictures that a job still lacks: all, unless a server died while it drew it."""
-        there = {image.number for image in self._store.images([held.row.id])}
+        images = self._store.images([held.row.id])
+        there = {image.number for image in images}
         draws = to_draw(spec, JobRequest(**held.row.settings), self._uploads)
-        if not there:
-            self._keeper.clear(held.row.id)
+        self._keeper.clear(held.row.id, [image.file for image in images])
         held.step = sum(draws[number].steps_taken for number in there)
         return [(number, job) for number, job in enumerate(draws) if number not in there]
 

@@ -39,7 +39,7 @@ class Moments:
 
     def update(self, features: Tensor) -> None:
         """Count features (N, D) in."""
-        for part in features.split(BLOCK):
+        for part in features.split(BLOCK) if len(features) else ():  # which would give one part of none
             rows = part.double()
             mean = rows.mean(dim=0)
             self._merge(len(rows), mean, (rows - mean).T @ (rows - mean))

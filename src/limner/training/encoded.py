@@ -161,12 +161,11 @@ class Encoded:
         noise = initial_noise(range(len(states)), self.shape)
         latents = []
         for some, own in zip(noise.split(AT_ONCE), states.to(device).split(AT_ONCE)):
-            given: dict[str, Any] = {
-                "steps": steps,
-                "guidance": guidance,
-                "negative_states": self.empty.to(device).expand_as(own),
-            }
-            latents.append(denoise(unet, scheduler, some.to(device), own, **given))
+            empty = self.empty.to(device).expand_as(own)
+            drawn = denoise(
+                unet, scheduler, some.to(device), own, steps=steps, guidance=guidance, negative_states=empty
+            )
+            latents.append(drawn)
         return torch.cat(latents)
 
     def decoded(self, latents: Tensor) -> Tensor:

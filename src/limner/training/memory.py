@@ -124,7 +124,7 @@ def free(accelerator: Accelerator) -> int | None:
 def keep_freed() -> None:
     """Let the C library keep what a step frees for the next one, for the rest of the process.
 
-    glibc maps large blocks anew each time, and Linux clears them page by page: a seventh of a step on a CPU, whose
+    glibc maps large blocks anew each time, and Linux clears them page by page: an eighth of a step on a CPU, whose
     activations are large blocks (docs/experiments.md). No bit of a result changes. Other libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -34,6 +34,7 @@ BUILTIN_CLIP = {
     "weight_decay": 0.2,
     "min_scale": 0.4,
     "colour": 0.2,
+    "teacher_weight": 5.0,
     "warmup": 4_000,
     "ema_halflife": 3_000,
     "validate_every": 8_000,

@@ -22,8 +22,8 @@ from limner.generation.canvas import Sketch
 from limner.generation.engine import OnStep, draw, encode_weighted, to_images
 from limner.generation.jobs import GUIDANCE, STABLE_DIFFUSION, STEPS, Job, Spec
 from limner.generation.preview import Preview
-from limner.generation.setup import OneAtATime, Setup, has_fast_bf16
-from limner.models import hub, loading, packed, staged
+from limner.generation.setup import OneAtATime, Setup
+from limner.models import hub, loading, staged
 from limner.models import vae as vaes
 
 if TYPE_CHECKING:
@@ -166,12 +166,8 @@ class LatentDiffusion:
 
     @functools.cached_property
     def taken_apart(self) -> staged.Staged | None:
-        """The U-Net taken apart, and arranged for speed; None where that can't be, or memory is short."""
-        if self.setup.low_memory or not staged.fits(self.unet):
-            return None
-        if self.device.type == "cpu" and (self.dtype == torch.float32 or has_fast_bf16(self.device)):
-            packed.pack(self.unet)
-        return staged.Staged(self.unet)
+        """The U-Net taken apart; None where that can't be, or memory is short."""
+        return staged.Staged(self.unet) if staged.fits(self.unet) and not self.setup.low_memory else None
 
     @functools.cached_property
     def preview(self) -> Callable[[Tensor], Tensor]:

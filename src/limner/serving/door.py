@@ -9,6 +9,7 @@ from asyncio import Future
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -71,7 +72,8 @@ async def _open(app: FastAPI, service: Service, ending: Future[None]) -> None:
         await asyncio.sleep(LOOK)
     loaded: Future[FastAPI] = asyncio.get_running_loop().create_future()
     threading.Thread(target=_load, args=(service, loaded), daemon=True).start()
-    await asyncio.wait({loaded, ending}, return_when=asyncio.FIRST_COMPLETED)
+    either: set[Future[Any]] = {loaded, ending}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if ending.done():
         return
     inner = loaded.result()

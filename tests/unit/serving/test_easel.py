@@ -52,6 +52,16 @@ def test_what_a_cancelled_job_never_drew_has_no_place() -> None:
     assert "Cancelled." in shown
 
 
+def test_of_the_best_of_several_only_the_end_shows_which_they_are() -> None:
+    settings = SETTINGS | {"n": 2, "best_of": 5}
+    shown = Easel(preview="abcd").show(job(settings=settings, images=[]))
+    assert re.findall("<figcaption>(.*?)</figcaption>", shown) == ["best 2 of 5"]
+    best = [ImageView(id=str(s), url=f"/v1/images/{s}", seed=s, width=16, height=16, score=0.5) for s in (9, 7)]
+    shown = Easel().show(job(settings=settings, images=best, state="done", finished=3.0))
+    assert re.findall(r"seed \d+", shown) == ["seed 9", "seed 7"]
+    assert "LoRA" in easel.facts(settings | {"loras": ["wild:0.5"]})
+
+
 def test_the_time_left_goes_by_the_pace_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(easel.time, "monotonic", lambda: now)

@@ -1,6 +1,6 @@
 """Score a model by a judge and complete its MODEL_CARD.md by what was found, with two pictures of pictures.
 
-python recipes/card.py --model FOLDER --data DATASET --judge JUDGE --out EVALUATION [-n N] [--seeds S]
+python recipes/card.py --model FOLDER --data DATASET --judge JUDGE --out EVALUATION [-n N] [--seeds S] [--cache FOLDER]
 
 `limner evaluate` draws for the test captions in EVALUATION and scores that; called again, it goes on. FOLDER then gets
 
@@ -179,7 +179,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the evaluation")
     parser.add_argument("-n", type=int, help="test captions to draw for; one a photograph when left out")
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt of the sensitivity test")
+    parser.add_argument("--cache", type=Path, help="where recipes/judge.py kept what it saw")
     given = parser.parse_args()
+    cache = given.cache or given.out / "features"
     config = EvaluateConfig(
         models=(str(given.model),),
         data=given.data,
@@ -187,11 +189,12 @@ def main() -> None:
         n=given.n,
         out=given.out,
         attribute_seeds=given.seeds,
+        cache=cache,
     )
     evaluate.run(config)
     lines = (given.out / evaluate.SCORES).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    yardstick, cache = Yardstick.find(given.judge), given.out / "features"
+    yardstick = Yardstick.find(given.judge)
     within = Path(rows[-1]["file"]).parent / evaluate.ATTRIBUTES
     pictures, shown_pictures = draw(given.model)
     pairs, shown_pairs = nearest(yardstick, rows, given.data, cache)

@@ -381,7 +381,7 @@ def test_ctrl_c_ends_it_and_leaves_whole_pictures_alone(folder: Path) -> None:
     # Shells ignore it for what they begin with &, and Python then leaves it so
     program = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {LIMNER[2]}"
     drawing = subprocess.Popen(
-        [*LIMNER[:2], program, "generate", "A dog.", "-n", "5", "--steps", "1000", "--model", str(folder)],
+        [*LIMNER[:2], program, "generate", "A dog.", "-n", "5", "--steps", "300", "--model", str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

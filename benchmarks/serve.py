@@ -13,6 +13,7 @@ import argparse
 import http.client
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,10 @@ import numpy as np
 from record import keep
 
 import limner
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # as the command line sets it, so that the engine's threads wait alike
 
 PROMPT = "A golden retriever playing in a field."
 STEPS = 4

@@ -28,6 +28,7 @@ from limner.serving.store import QueueFull
 from limner.serving.tables import OPEN
 
 PACE = 0.15  # seconds between two looks of a job that is being drawn
+IDLE = 0.05  # seconds between two looks for clicks
 EARLIER = 40  # jobs whose pictures the gallery shows, and how many more "Show older" brings
 ESCAPE = """() => document.addEventListener('keydown', event => {
     const closes = event.target.matches('[role=listbox]') || document.querySelector('#gallery .preview')
@@ -39,9 +40,12 @@ UPLOADS_LAST = 24 * 3600  # seconds, in the folder of temporary files; what a jo
 def application(service: Service, path: str) -> FastAPI:
     """An application that has nothing but the page, at `path`, as its last route."""
     app = FastAPI(openapi_url=None)
+    blocks = Page(service).blocks
+    # Gradio looks a thousand times a second whether somebody clicked, which costs a fifth of the rate of drawing
+    blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = IDLE
     gr.mount_gradio_app(
         app,
-        Page(service).blocks,
+        blocks,
         path,
         footer_links=[],
         run_history=False,

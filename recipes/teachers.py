@@ -133,7 +133,7 @@ def tell_cost(counts: Mapping[str, int], captions: Sequence[str]) -> None:
     started = time.perf_counter()
     teacher(torch.zeros(BATCH, 3, SEEN, SEEN))
     between = time.perf_counter()
-    sentences(captions[:BATCH])
+    sentences.text_features(captions[:BATCH])
     seen, read = between - started, time.perf_counter() - between
     seconds = (seen * (pictures + min(BASIS_FROM, pictures)) + read * len(captions)) / BATCH
     bytes_ = pictures * (3 * SIDE**2 + 2 * COMPONENTS * (SEEN // 32) ** 2) + 2 * 384 * (pictures + len(captions))

@@ -55,9 +55,7 @@ def _oldest(store: Store, excess: float) -> list[str]:
     ended = ended.group_by(JobRow.number, JobRow.id).order_by(JobRow.number).limit(AT_ONCE)
     jobs = []
     with store.session(write=False) as session:
-        for job, pictures in session.execute(
-            ended.group_by(JobRow.number, JobRow.id).order_by(JobRow.number).limit(AT_ONCE)
-        ):
+        for job, pictures in session.execute(ended):
             if excess <= 0:
                 break
             jobs.append(job)

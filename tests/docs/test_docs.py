@@ -96,6 +96,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[StageConfig]:
         "train_vae",
         "encode",
         "train_unet",
+        "train_distill",
         "assemble",
         "evaluate",
         "generate",

@@ -33,8 +33,7 @@ class TrainConfig(StageConfig):
     batch_size: Annotated[PositiveInt, FLAG] = 32
     """Images a step, over all processes."""
     micro_batch_size: PositiveInt | None = None
-    """Images that a process holds activations of at once, all of its share when left out; the gradient is that of the
-    whole batch."""
+    """Images that a process holds activations of at once, all when left out; the gradient is the whole batch's."""
     checkpointing: bool = False
     """Keep few activations and compute the others again for the gradient: less memory, about a third more time."""
     auto: Annotated[bool, FLAG] = False
@@ -159,8 +158,7 @@ class TrainClipConfig(TrainConfig):
     chunk_size: PositiveInt | None = None
     """Images that a process holds activations of at once: gradient caching, for batches far beyond memory."""
     loss: Literal["infonce", "sigmoid"] = "infonce"
-    """Contrast each pair with the batch (InfoNCE), or judge each pair by itself (SigLIP's); captions of one image are
-    never each other's negatives."""
+    """Contrast each pair with the batch, or judge each alone (SigLIP's); an image's captions are no negatives."""
     tune: Annotated[Literal["full", "lora", "adapter"], FLAG] = "full"
     """What is trained: all weights, low-rank additions to them, or a linear map on the frozen token states alone."""
     lock: Annotated[Literal["image", "text"] | None, FLAG] = None

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from limner import artifacts
-from limner.errors import ConfigError
+from limner.errors import ConfigError, ModelError
 from limner.generation import painters, provenance, ranking, setup, sources
 from limner.generation.engine import OnStep
 from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec
-from limner.generation.painters import OnPreview
+from limner.generation.painters import LatentDiffusion, OnPreview, Painter, Pipeline
 from limner.models import inversion, lora
 from limner.models.inversion import Inversion
 from limner.models.lora import Lora
@@ -83,7 +83,7 @@ class Model:
         self.setup = setup.choose(self.device, precision, low_memory, engine)
         self.loras = loras
         self.embeddings = embeddings
-        self.painter = painters.new(spec, self.setup, self._alter, lambda: self.identity)
+        self.painter = self._new_painter()
 
     @classmethod
     def load(
@@ -106,6 +106,17 @@ class Model:
         spec = read_spec(ref)
         added = read_loras(spec, loras), read_embeddings(spec, embeddings)
         return cls(spec, device, *added, precision, low_memory, engine)
+
+    def _new_painter(self) -> Painter:
+        """What draws. Raises ConfigError, ModelError."""
+        spec, setup = self.spec, self.setup
+        if setup.engine == "openvino":
+            from limner.generation.openvino import OpenVinoDiffusion
+
+            if not spec.own_loop:
+                raise ModelError(f"{spec.ref} is a {spec.pipeline}, which draws with torch alone; leave out --engine.")
+            return OpenVinoDiffusion(spec, setup, self._alter, lambda: self.identity)
+        return LatentDiffusion(spec, setup, self._alter) if spec.own_loop else Pipeline(spec, setup)
 
     def _alter(self, name: str, network: Any, tokenizer: Any) -> None:
         """Add to a network what is asked for beside the model itself."""

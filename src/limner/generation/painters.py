@@ -327,16 +327,3 @@ def _enough_memory(jobs: Sequence[Job]) -> Iterator[None]:
 def scheduler_for(painter: Painter, job: Job) -> Any:
     """What the painter draws a job with. Raises ConfigError where a scheduler of that name doesn't fit the model."""
     return painter.scheduler if job.scheduler is None else samplers.named(job.scheduler, painter.scheduler)
-
-
-def new(spec: Spec, setup: Setup, alter: Alter, identity: Callable[[], str]) -> Painter:
-    """The painter for a model. `alter` adds to networks of ours as soon as they are read, and `identity` tells the
-    weights that they then have from others. Raises ConfigError, ModelError.
-    """
-    if setup.engine == "openvino":
-        from limner.generation.openvino import OpenVinoDiffusion
-
-        if not spec.own_loop:
-            raise ModelError(f"{spec.ref} is a {spec.pipeline}, which draws with torch alone; leave out --engine.")
-        return OpenVinoDiffusion(spec, setup, alter, identity)
-    return LatentDiffusion(spec, setup, alter) if spec.own_loop else Pipeline(spec, setup)

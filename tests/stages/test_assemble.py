@@ -203,7 +203,8 @@ def shows(picture: Path, models: dict[str, Path], tmp_path: Path) -> None:
     assert len({pixels.numpy().tobytes() for pixels in columns.values()}) == len(columns)  # or a mistake wouldn't show
     grid(columns, assemble.CAPTIONS, tmp_path / "expected.png")
     with Image.open(picture) as one, Image.open(tmp_path / "expected.png") as other:
-        assert np.array_equal(np.asarray(one), np.asarray(other))
+        away = np.asarray(one).astype(int) - np.asarray(other)  # a model draws with its U-Net taken apart, which rounds
+        assert abs(away).max() <= 1
 
 
 def test_a_tuned_clip_is_shown_beside_the_one_it_began_with(

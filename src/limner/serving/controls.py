@@ -51,7 +51,7 @@ class Controls:
                 )
                 self.scheduler = gr.Dropdown(_schedulers(spec), value="", label="Scheduler", min_width=120)
             with gr.Row(**row):
-                self.best_of = _number("Best of", 1, most.max_count, None, precision=0, visible=_ranks(spec))
+                self.best_of = _number("Best of", 0, most.max_count, None, precision=0, visible=_ranks(spec))
                 self.loras = gr.Dropdown(
                     list(service.shelf.loras),
                     label="LoRA",

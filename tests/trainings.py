@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +62,22 @@ def config(cls: type[C], data: Path, out: Path, **settings: Any) -> C:
     """The smallest configuration of a stage that reads `data` and writes `out`; a setting of None is left out."""
     values = {"data": data, "out": out, **SMALLEST[cls], **settings}
     return resolve(cls, {name: value for name, value in values.items() if value is not None})
+
+
+def run_recipe(name: str, *arguments: str, cwd: Path, **environment: str) -> str:
+    """Run a recipe with the commands beside this Python, and without a network. -> what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(RECIPES / name), *arguments],
+        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", **environment},
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def shapes(folder: Path, count: int) -> Path:

@@ -69,12 +69,13 @@ def draw(page: Any, prompt: str = PROMPT, **settings: str) -> None:
     for label, value in settings.items():
         page.get_by_label(label, exact=True).fill(value)
     page.locator("#prompt textarea").fill(prompt)
+    page.evaluate("document.querySelector('#easel .status')?.classList.add('before')")
     page.locator("#prompt textarea").press("Enter")
 
 
 def status(page: Any, state: str) -> str:
-    """What the page says once the job that it shows is in that state."""
-    return str(page.wait_for_selector(f"#easel .status.{state}").inner_text())
+    """What the page says once the job that it shows is in that state, and not the one shown before `draw`."""
+    return str(page.wait_for_selector(f"#easel .status.{state}:not(.before)").inner_text())
 
 
 def pixels(server: Server, url: str) -> np.ndarray:

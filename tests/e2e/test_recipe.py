@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 import limner
 from limner.artifacts import sha256_folder
 from limner.models.loading import BUILTIN
-from trainings import RECIPES
+from trainings import run_recipe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ASKED = "LIMNER_RECIPE"
@@ -23,25 +21,9 @@ pytestmark = [
 ]
 
 
-def recipe(folder: Path, *options: str) -> str:
-    """Run the recipe with its runs and data in `folder`. -> what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(RECIPES / "builtin"), *options, str(DATA / "flickr8k"), str(DATA / "extra")],
-        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_rehearsal_makes_a_model_with_its_card_and_ships_nothing_and_the_plan_follows_from_it(tmp_path: Path) -> None:
     shipped = sha256_folder(BUILTIN)
-    plan = recipe(tmp_path, "--dry-run")
+    plan = run_recipe("builtin", "--dry-run", str(DATA / "flickr8k"), str(DATA / "extra"), cwd=tmp_path)
     made = tmp_path / "runs" / "builtin" / "rehearsal" / "model"
     assert limner.load(str(made))("A dog on a beach.", steps=1).images[0].width >= 128
     card = (made / "MODEL_CARD.md").read_text(encoding="utf-8")

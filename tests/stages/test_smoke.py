@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ from PIL import Image
 
 from limner.artifacts import is_finished, read_json, sha256_folder
 from limner.generation import provenance
-from trainings import RECIPES
+from trainings import run_recipe
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -23,19 +20,7 @@ NAMES = ["a-red-circle-on-a-blue-ground-7.png", "a-red-circle-on-a-blue-ground-8
 
 def smoke(out: Path) -> str:
     """Run the recipe. -> what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", str(RECIPES / "smoke"), str(out)],
-        env=environment,
-        cwd=out.parent,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_recipe("smoke", str(out), cwd=out.parent, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")

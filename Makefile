@@ -24,8 +24,9 @@ help:
 image: $(VENV)/.image
 	@$(BIN)/limner generate -n $(N) --seed $(SEED) -- "$$PROMPT"
 
+# A worker for each core: the tests compute with one thread each.
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n logical --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

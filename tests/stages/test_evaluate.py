@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from browser import opened
 from commands import limner
 from limner.evaluation import plots
+from limner.generation import provenance
 from limner.models.clip import HALF, Clip
 from stages.conftest import prepared
 from tiny import tiny_clip, tiny_model, tiny_text_encoder, tiny_tokenizer, tiny_unet
@@ -169,6 +170,20 @@ def test_a_picture_that_another_setting_drew_or_that_is_broken_is_drawn_again(
     files[2].write_bytes(b"broken")
     assert limner("evaluate", models[0], "--data", dataset, "--out", out, *FAST, "--set", "copies=false") == 0
     assert [file.read_bytes() for file in files] == contents
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")
+def test_another_engine_draws_what_torch_drew_anew(
+    folder: Path, dataset: Path, models: list[Path], evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIMNER_CACHE", str(folder / "cache"))
+    out = folder / "openvino"
+    shutil.copytree(evaluated / "pictures" / "one", out / "pictures" / "one")
+    shutil.copy(evaluated / "config.json", out)
+    given = ["--data", dataset, "--out", out, *FAST, "--set", "copies=false", "--engine", "openvino"]
+    assert limner("evaluate", models[0], *given) == 0
+    engines = {provenance.read(file)["device"]["engine"] for file in out.rglob("pictures/**/*.png")}
+    assert engines == {"openvino"}
 
 
 def test_a_sweep_of_steps_is_one_contender_each_and_a_plot(folder: Path, dataset: Path, models: list[Path]) -> None:

@@ -51,11 +51,11 @@ def _is_there(file: Path, job: Job, model: Model) -> bool:
     except DataError:  # of another origin, or cut off
         return False
     wanted = {name: value for name, value in vars(job).items() if value is not None}  # None is the pipeline's own
-    facts = ("weights", "scheduler", "loras")
+    facts, arithmetic = ("weights", "scheduler", "loras"), ("engine", "precision")
     return (
         wanted.items() <= record.items()
         and all(record["model"][name] == model.facts[name] for name in facts)
-        and record["device"].get("precision") == model.device_facts["precision"]
+        and all(record["device"].get(name) == model.device_facts[name] for name in arithmetic)
     )
 
 

@@ -182,7 +182,7 @@ def _draw(
     with_parts: bool,
 ) -> dict[str, Figures]:
     """Draw an entry's pictures, and tell what that cost, and `with_parts` what the model's parts do."""
-    model = Model(entry.spec, config.device)
+    model = Model(entry.spec, config.device, engine=config.engine)
     seeds = range(config.seed, config.seed + len(real))
     jobs = entry.jobs([record.captions[0] for record in real], seeds, [record.path.stem for record in real])
     jobs |= entry.jobs(settings.MISSION, [config.seed] * 2, ["1", "2"], MISSION)

@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, help="a run of limner train unet")
     parser.add_argument("--model", default="builtin", help="the model that is told of")
     parser.add_argument("-n", type=int, default=200, help="captions that are drawn")
+    parser.add_argument("--engine", default="torch", help="what draws, torch or openvino")
     given = parser.parse_args()
     text = [
         f"# What {given.model} reaches",
@@ -157,6 +158,7 @@ def main() -> None:
         "where distances are told, as many of the train split.",
     ]
     shared = ["--data", str(given.data), "--judge", str(given.judge), "--set", f"cache={given.judge}-features"]
+    shared += ["--engine", given.engine]
     for part in parts(given.model, given.base, given.run, given.n):
         out = given.out / part.name
         command = evaluate([*part.arguments, *shared, "--out", str(out)])

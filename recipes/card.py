@@ -1,6 +1,7 @@
 """Score a model by a judge and complete its MODEL_CARD.md by what was found, with two pictures of pictures.
 
 python recipes/card.py --model FOLDER --data DATASET --judge JUDGE --out EVALUATION [-n N] [--seeds S] [--cache FOLDER]
+    [--engine openvino]
 
 `limner evaluate` draws for the test captions in EVALUATION and scores that; called again, it goes on. FOLDER then gets
 
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, help="test captions to draw for; one a photograph when left out")
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt of the sensitivity test")
     parser.add_argument("--cache", type=Path, help="where recipes/judge.py kept what it saw")
+    parser.add_argument("--engine", default="torch", help="what draws for the evaluation, torch or openvino")
     given = parser.parse_args()
     cache = given.cache or given.out / "features"
     config = EvaluateConfig(
@@ -187,6 +189,7 @@ def main() -> None:
         data=given.data,
         judge=given.judge,
         n=given.n,
+        engine=given.engine,
         out=given.out,
         attribute_seeds=given.seeds,
         cache=cache,

@@ -183,6 +183,7 @@ def test_what_a_linear_map_moves_is_told(base: Path, data: Path, tmp_path: Path)
         cosines = cosine_similarity(states @ weight.T, states, dim=2)[clip.mask(ids)]
     assert found == pytest.approx(cosines.mean().item(), abs=1e-5)
     assert found < 0.999
+    refused(tuned(data, run, tmp_path / "on"), ModelError, "has a linear adapter beside its CLIP")
 
 
 def test_forgetting_is_told_where_there_are_labelled_pictures(
@@ -394,7 +395,7 @@ def test_a_unet_that_can_not_draw_is_refused_before_the_training(
 ) -> None:
     sweep = {"sweep_alpha": True, "images": 2_000}
     made = tuned(data, clip, tmp_path / "r", unet=str(model), **sweep)
-    refused(made, ModelError, r"The text encoder of model is not what the U-Net of .* \(width 16 against 32")
+    refused(made, ModelError, r"The text encoder of .* is not what the U-Net of .* \(width 16 against 32")
     wide = tiny_model(tmp_path / "wide", unet=tiny_unet(64))
     refused(tuned(data, base, tmp_path / "r", unet=str(wide), **sweep), ModelError, "width 32 against 64")
     refused(tuned(data, base, tmp_path / "r", unet=str(unet), **sweep), ModelError, "join parts with limner assemble")

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from kills import kill, writes_of
-from limner.artifacts import read_json, sha256_folder
+from limner.artifacts import identity, read_json, sha256_folder
 from limner.config import EncodeConfig, PrepareConfig
 from limner.data.dataset import read_split
 from limner.data.latents import ENCODED, LatentCache
@@ -78,6 +79,22 @@ def test_token_states_are_those_of_plain_transformers(latents: Path, data: Path,
                 assert_close(cache.states(index, number), wanted, rtol=2e-3, atol=5e-3)
         empty = tower(input_ids=model.tokenize([""])).last_hidden_state[0]
         assert_close(cache.states(0, None), empty, rtol=2e-3, atol=5e-3)
+
+
+def test_a_map_that_was_trained_with_the_clip_is_applied(
+    settings: EncodeConfig, latents: Path, clip: Path, tmp_path: Path
+) -> None:
+    """For `assemble` makes it a part of the U-Net, which must have learned to read what the map makes of states."""
+    adapted = tmp_path / "clip"
+    shutil.copytree(clip, adapted)
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    (adapted / "model" / "adapter").mkdir()
+    save_file({"weight": weight}, adapted / "model" / "adapter" / "adapter.safetensors")
+    run = encode.run(changed(settings, clip=str(adapted)))
+    assert read_json(run / "manifest.json")["parents"]["adapter"] == identity(adapted / "model" / "adapter")
+    plain, mapped = LatentCache(latents, "train"), LatentCache(run, "train")
+    for number in (0, None):
+        assert_close(mapped.states(1, number), plain.states(1, number) @ weight.T, rtol=5e-3, atol=3e-2)
 
 
 def test_test_pictures_are_not_encoded(latents: Path) -> None:

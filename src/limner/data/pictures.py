@@ -20,7 +20,7 @@ Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of a picture, in pixels, as Pillow counts them."""
 
-_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+_SIDES = re.compile(r"\b(left|right)(most|hand)?\b", re.IGNORECASE)
 
 
 def may_flip(caption: str) -> bool:

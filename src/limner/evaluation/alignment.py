@@ -164,7 +164,7 @@ def _sweep(folder: Path, config: TrainClipConfig, base: Clip, tuned: Clip, val: 
     painter = None
     if config.unet is not None:
         assert config.model is not None  # as in any sweep
-        painter = Painter(config.unet, base, Yardstick.of(config.model, base), val)
+        painter = Painter(config.unet, base, config.model, Yardstick.of(config.model, base), val)
     rows, drawn = [], {}
     with progress("mixes", len(ALPHAS)) as advance:
         for alpha in ALPHAS:
@@ -186,8 +186,8 @@ def _sweep(folder: Path, config: TrainClipConfig, base: Clip, tuned: Clip, val: 
     return {"chosen": chosen, "rows": rows}
 
 
-def drawable(ref: str, base: Clip) -> Spec:
-    """What `ref` is, which is to draw behind mixes of `base`.
+def drawable(ref: str, base: Clip, clip: str) -> Spec:
+    """What `ref` is, which is to draw behind mixes of `base`, the CLIP of `clip`.
 
     Raises ModelError where it is no Stable Diffusion, or where its U-Net can't read the base's token states.
     """
@@ -197,7 +197,7 @@ def drawable(ref: str, base: Clip) -> Spec:
     if not base.causal:
         raise ModelError("No U-Net of Stable Diffusion reads the text tower of a SigLIP; leave out unet.")
     facts = gate.TextFacts.of(base.network.config.text_config.to_dict(), base.tokenizer)
-    gate.check(facts, gate.wanted(ref), clip="model", unet=ref)
+    gate.check(facts, gate.wanted(ref), clip=clip, unet=ref)
     return spec
 
 
@@ -208,9 +208,11 @@ class Painter:
     of one pair and say nothing beside; for more there is the judge of `limner evaluate`.
     """
 
-    def __init__(self, ref: str, base: Clip, judge: Yardstick, val: Judged) -> None:
-        """Load the VAE and the U-Net of `ref`; the judge is the base. Raises ModelError as `drawable` does."""
-        self.spec = drawable(ref, base)
+    def __init__(self, ref: str, base: Clip, clip: str, judge: Yardstick, val: Judged) -> None:
+        """Load the VAE and the U-Net of `ref`; the judge is the base, that of `clip`. Raises ModelError as
+        `drawable` does.
+        """
+        self.spec = drawable(ref, base, clip)
         self.unet, self.vae = loading.load_unet(ref), loading.load_vae(ref)
         self.scheduler = loading.load_scheduler(ref)
         self.captions = [*MISSION, *val.captions][:DRAWN]

@@ -52,12 +52,12 @@ def _check_fit(base: Clip, tuned: Clip) -> None:
 def choose(rows: Sequence[Mapping[str, Any]], min_cosine: float) -> float:
     """The alpha of the mix to keep, of `rows` as `alignment.Judged.row` makes them, with "alpha"; one has alpha 0.
 
-    Mixes whose token states of the last layer have a mean cosine of `min_cosine` or more to those of the base may be
-    chosen, and the base itself always. Of these, the one of best mean recall sets the mark; kept is the one of
-    smallest alpha whose mean recall is at most one standard error below it (the one-standard-error rule: Breiman et
-    al., Classification and Regression Trees, 1984, section 3.4.3; Hastie et al., The Elements of Statistical
-    Learning, section 7.10), the error being that of the best. So a step away from the base is taken only where
-    recall shows it.
+    Mixes whose token states, of the last layer and of the one before, have a mean cosine of `min_cosine` or more to
+    those of the base may be chosen, and the base itself always. Of these, the one of best mean recall sets the mark;
+    kept is the one of smallest alpha whose mean recall is at most one standard error below it (the one-standard-error
+    rule: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3; Hastie et al., The Elements of
+    Statistical Learning, section 7.10), the error being that of the best. So a step away from the base is taken only
+    where recall shows it.
     """
     allowed = [row for row in rows if row["alpha"] == 0 or _keeps(row, min_cosine)]
     best = max(allowed, key=lambda row: (row["mean_recall"]["value"], -row["alpha"]))["mean_recall"]
@@ -66,5 +66,4 @@ def choose(rows: Sequence[Mapping[str, Any]], min_cosine: float) -> float:
 
 
 def _keeps(row: Mapping[str, Any], min_cosine: float) -> bool:
-    cosine = row["drift"]["last"]
-    return cosine is not None and cosine >= min_cosine
+    return all(cosine is not None and cosine >= min_cosine for cosine in row["drift"].values())

@@ -16,6 +16,8 @@ FILE = "adapter.safetensors"
 
 def find(clip: str) -> Path | None:
     """The folder of the map that was trained with the CLIP of `clip`, where there is one. Raises ModelError."""
+    if "clip" not in loading.parts_in(loading.resolve(clip)):  # a Stable Diffusion folder has none
+        return None
     folder = loading.component(clip, "clip").parent / "adapter"
     return folder if (folder / FILE).is_file() else None
 

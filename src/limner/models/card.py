@@ -94,6 +94,8 @@ def _flat(figures: dict[str, Any]) -> dict[str, str]:
 
 
 def _figure(found: Any) -> str:
+    if found is None:  # of token states that are not finite
+        return "-"
     if not isinstance(found, dict):
         return f"{found:.4g}"
     interval = f" ({found['low']:.4g} to {found['high']:.4g})" if "low" in found else ""

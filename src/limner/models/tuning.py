@@ -90,7 +90,7 @@ class Tuning:
         if self.lora is not None:
             # Its default asks the hub whether embeddings were changed
             self.lora.save_pretrained(folder / "lora", save_embedding_layers=False)
-            (folder / "lora" / "README.md").unlink()  # a form to fill in
+            (folder / "lora" / "README.md").unlink(missing_ok=True)  # a form to fill in
             clip = Clip(copy.deepcopy(self.lora).merge_and_unload(), clip.tokenizer, clip.normalisation)
         if self.adapter is not None:
             clip = Clip(copy.deepcopy(clip.network), clip.tokenizer, clip.normalisation)

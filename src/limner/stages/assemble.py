@@ -96,7 +96,7 @@ def _load(config: AssembleConfig) -> Parts:
         "unet": loading.identity(config.unet, "unet"),
     }
     has_clip = "clip" in loading.parts_in(loading.resolve(config.clip))  # a Stable Diffusion folder has none
-    adapter = adapters.find(config.clip) if has_clip else None
+    adapter = adapters.find(config.clip)
     if folded := _adapter_in(config.unet):
         parents["adapter"] = folded
     if adapter is not None:

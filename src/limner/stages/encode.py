@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from limner.artifacts import Run, write_json
+from limner.artifacts import Run, identity, write_json
 from limner.config import EncodeConfig
 from limner.data.buckets import bucket_sizes, nearest
 from limner.data.dataset import Record, Split, read_split, read_training_split
@@ -33,6 +33,7 @@ from limner.data.pictures import (
 from limner.errors import ConfigError, DataError
 from limner.generation.engine import encode_prompts
 from limner.generation.prompts import length_of
+from limner.models import adapter as adapters
 from limner.models import loading
 from limner.models import vae as vaes
 from limner.models.clip import Clip
@@ -47,6 +48,8 @@ class Encoders:
     vae: Any
     text_encoder: Any
     tokenizer: Any
+    adapter: Tensor | None
+    """A map (D, D) that was trained on the CLIP's token states; the U-Net is to read what it makes of them."""
     observer: Clip | None
     """Whose image tower looks at pictures, where that is asked for."""
     device: torch.device
@@ -76,6 +79,8 @@ def run(config: EncodeConfig) -> Path:
     encoders = _load(config)
     parents = dataset_parents(config.data)
     parents |= {"vae": loading.identity(config.vae, "vae"), "clip": loading.text_identity(config.clip)}
+    if (adapter := adapters.find(config.clip)) is not None:
+        parents["adapter"] = identity(adapter)
     parents |= {"features": loading.identity(config.features, "clip")} if config.features else {}
     run = Run.open(config.out, config, parents)
     if run.finished:
@@ -169,11 +174,12 @@ def _load(config: EncodeConfig) -> Encoders:
             "choose a multiple."
         )
     text_encoder, tokenizer = loading.load_text_encoder(config.clip)
-    observer = None
+    adapter, observer = adapters.find(config.clip), None
+    weight = None if adapter is None else adapters.load(adapter, text_encoder.config.hidden_size).to(device)
     if config.features is not None:
         observer = loading.load_clip(config.features)
         observer.network.to(device)
-    return Encoders(vae, text_encoder.to(device), tokenizer, observer, device)
+    return Encoders(vae, text_encoder.to(device), tokenizer, weight, observer, device)
 
 
 @torch.no_grad()
@@ -249,7 +255,8 @@ def _encode_captions(config: EncodeConfig, encoders: Encoders, captions: Sequenc
 
     def encode(batch: Sequence[str]) -> Tensor:
         # A caption over one piece would be longer than its neighbours; training takes its first piece.
-        return encode_prompts(encoders.text_encoder, encoders.tokenizer, batch)[:, :length]
+        states = encode_prompts(encoders.text_encoder, encoders.tokenizer, batch)[:, :length]  # (N, L, D)
+        return states if encoders.adapter is None else states @ encoders.adapter.T
 
     shape = (len(captions), length, encoders.text_encoder.config.hidden_size)
     _write(path, shape, _batched(captions, config.batch_size), encode, what)

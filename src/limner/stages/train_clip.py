@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from limner.config import TrainClipConfig
 from limner.data.dataset import Record, read_training_split, split_identity
 from limner.data.pictures import jitter, load_crop, may_flip
-from limner.errors import ConfigError, DataError
+from limner.errors import ConfigError, DataError, ModelError
 from limner.evaluation.alignment import Judged, drawable, skipped, write_report
 from limner.evaluation.retrieval import mean_recall, recall
 from limner.evaluation.zeroshot import read_labelled
+from limner.models import adapter, loading
 from limner.models import clip as clips
-from limner.models import loading
 from limner.models.tuning import Tuning
 from limner.training.contrast import Towers, gathered
 from limner.training.loop import plan_training, run_training
@@ -70,11 +70,16 @@ class TrainClip:
             self.clip = clips.new(config, (c for r in self.train for c in r.captions))
         else:
             self.clip = loading.load_clip(config.model)
+            if adapter.find(config.model) is not None:
+                raise ModelError(
+                    f"{config.model} has a linear adapter beside its CLIP, which a further training would lose; "
+                    "name the CLIP as it was before."
+                )
             self.parents["model"] = loading.identity(config.model, "clip")
         if config.patch_dropout and not self.clip.pools:
             raise ConfigError("patch_dropout is for a CLIP whose pictures are read at a class token; leave it out.")
         if config.unet is not None:
-            drawable(config.unet, self.clip)
+            drawable(config.unet, self.clip, config.model or "the new CLIP")
         self.towers = Towers(
             self.clip,
             chunk_size=config.chunk_size,

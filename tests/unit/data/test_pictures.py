@@ -145,6 +145,7 @@ def test_about_half_the_crops_are_mirrored_where_they_may_be(tmp_path: Path) -> 
         ("A dog on the left of a man.", False),
         ("Right beside the lake", False),
         ("LEFT-handed player", False),
+        ("The rightmost of three dogs.", False),
         ("Two dogs run through bright snow.", True),
         ("The leftover cake is upright.", True),
         ("", True),

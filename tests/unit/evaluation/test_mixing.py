@@ -171,12 +171,14 @@ def test_the_standard_error_falls_with_the_root_of_the_number_of_pictures() -> N
 # ---- the choice
 
 
-def row(alpha: float, value: float, error: float, cosine: float | None) -> dict[str, Any]:
+def row(
+    alpha: float, value: float, error: float, cosine: float | None, penultimate: float | None = 1.0
+) -> dict[str, Any]:
     """What `choose` looks at."""
     return {
         "alpha": alpha,
         "mean_recall": {"value": value, "standard_error": error},
-        "drift": {"last": cosine, "penultimate": 0.0},
+        "drift": {"last": cosine, "penultimate": penultimate},
     }
 
 
@@ -185,6 +187,7 @@ def row(alpha: float, value: float, error: float, cosine: float | None) -> dict[
     [
         ([row(0, 0.50, 0.01, 1.0), row(0.5, 0.60, 0.01, 0.95), row(1, 0.70, 0.01, 0.92)], 1),
         ([row(0, 0.50, 0.01, 1.0), row(0.5, 0.60, 0.01, 0.95), row(1, 0.70, 0.01, 0.80)], 0.5),  # too far
+        ([row(0, 0.50, 0.01, 1.0), row(0.5, 0.60, 0.01, 0.95), row(1, 0.70, 0.01, 0.92, 0.80)], 0.5),  # in one layer
         ([row(0, 0.50, 0.01, 1.0), row(0.5, 0.60, 0.01, 0.95), row(1, 0.609, 0.01, 0.92)], 0.5),  # no better
         ([row(0, 0.50, 0.01, 1.0), row(0.5, 0.60, 0.10, 0.95), row(1, 0.62, 0.01, 0.92)], 1),  # the best one's error
         ([row(0, 0.50, 0.01, 1.0), row(0.5, 0.60, 0.01, 0.95), row(1, 0.62, 0.10, 0.92)], 0.5),

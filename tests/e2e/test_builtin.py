@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import normalize
+from torch.testing import assert_close
+from transformers import CLIPModel, CLIPTokenizer
 
-from limner.artifacts import sha256
+from limner.artifacts import read_json, sha256
 from limner.generation import provenance
 from limner.generation.model import Model
-from limner.models.loading import BUILTIN
+from limner.models.loading import BUILTIN, load_clip
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
 MISSION = {
@@ -50,6 +54,22 @@ def model() -> Model:
 def drawn(model: Model) -> np.ndarray:
     """What Limner draws for the prompts of the mission, (2, H, W, 3) uint8."""
     return np.stack([np.asarray(image) for image in model(list(MISSION), seed=SEED).images])
+
+
+@torch.no_grad()
+def test_its_clip_is_small_and_sees_the_same_in_plain_transformers() -> None:
+    ours = load_clip("builtin")
+    theirs = CLIPModel.from_pretrained(BUILTIN / "clip", dtype=torch.float32).eval()
+    assert sum(weights.numel() for weights in theirs.parameters()) <= 12_000_000
+    ids = CLIPTokenizer.from_pretrained(BUILTIN / "clip")(list(MISSION), padding="max_length", return_tensors="pt")
+    pixels = torch.rand(2, 3, ours.size, ours.size, generator=torch.Generator().manual_seed(0))
+    colours = read_json(BUILTIN / "clip" / "preprocessor_config.json")
+    mean, std = (torch.tensor(colours[name])[:, None, None] for name in ("image_mean", "image_std"))
+    seen = theirs(input_ids=ids["input_ids"], pixel_values=(pixels - mean) / std)
+    assert_close(
+        ours.text_features(ours.tokenize(list(MISSION))), normalize(seen.text_embeds, dim=1), atol=1e-5, rtol=0
+    )
+    assert_close(ours.image_features(2 * pixels - 1), normalize(seen.image_embeds, dim=1), atol=1e-5, rtol=0)
 
 
 def test_it_is_small_and_has_no_pickles() -> None:

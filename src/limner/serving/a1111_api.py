@@ -67,7 +67,7 @@ class Txt2Img(BaseModel):
         """The same, as a job; `pictures` are image, mask and strength."""
         sized = self.width and self.height
         sampler = self.sampler_name or self.sampler_index or None
-        karras = (self.scheduler or "").lower() == "karras"
+        karras = (self.scheduler or "").lower() == "karras" and not (sampler or "").lower().endswith("karras")
         return JobRequest(
             **pictures,
             prompt=ADDED.sub("", self.prompt),
@@ -109,7 +109,7 @@ class Drawn(BaseModel):
 
 
 class Progress(BaseModel):
-    """Of the oldest job that has not ended."""
+    """Of the job that is being drawn, the newest where there are several."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

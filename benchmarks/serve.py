@@ -20,6 +20,8 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,11 @@ class Server:
         while self.request("GET", "/readyz")[0] != 200:
             time.sleep(0.02)
         return time.perf_counter() - self.started
+
+    def page(self) -> None:
+        """Wait until people can draw too, which takes seconds of its own."""
+        while b"Limner is starting" in urllib.request.urlopen(f"http://127.0.0.1:{self.port}/page/").read():
+            time.sleep(0.1)
 
     def end(self) -> None:
         """End it."""
@@ -116,27 +123,26 @@ def load(server: Server, clients: int, pictures: int) -> dict[str, float]:
             statuses.add(status)
             drawn.append(seconds)
 
-    threads = [threading.Thread(target=draw) for _ in range(clients)]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as threads:
+        ends = [threads.submit(draw) for _ in range(clients)]
     taken = time.perf_counter() - started
-    if statuses != {200}:
-        sys.exit(f"The server answered {statuses}.")
+    for end in ends:
+        end.result()
+    if statuses != {200} or len(drawn) != pictures:
+        sys.exit(f"The server answered {statuses} and drew {len(drawn)} of {pictures}.")
     return {"pictures_a_second": round(pictures / taken, 2), **percentiles(drawn)}
 
 
 def looks(server: Server, count: int) -> dict[str, dict[str, float]]:
     """How long routes take to answer, asked ten times a second, while pictures are drawn for 8 clients."""
-    drawing = threading.Thread(target=load, args=(server, 8, count // 4))
-    drawing.start()
     seconds: dict[str, list[float]] = {"/v1/jobs?limit=10": [], "/v1/models": [], "/readyz": []}
-    for _, path in zip(range(count), itertools.cycle(seconds)):
-        time.sleep(0.1)
-        seconds[path].append(server.request("GET", path)[1])
-    drawing.join()
+    with ThreadPoolExecutor(1) as thread:
+        drawing = thread.submit(load, server, 8, count // 4)
+        for _, path in zip(range(count), itertools.cycle(seconds)):
+            time.sleep(0.1)
+            seconds[path].append(server.request("GET", path)[1])
+    drawing.result()
     return {path: percentiles(taken) for path, taken in seconds.items()}
 
 
@@ -159,6 +165,7 @@ def main() -> None:
         server = Server(Path(place) / "served")
         try:
             figures["ready_s"] = round(server.ready(), 2)
+            server.page()
             figures["idle_mib"] = server.memory()
             print(figures, flush=True)
             model = limner.load("builtin")
@@ -172,8 +179,8 @@ def main() -> None:
             server.end()
     alone = float(np.median(engine))
     figures["engine_pictures_a_second"] = round(alone, 2)
-    for n in CLIENTS:
-        figures[f"clients_{n}"]["share_of_engine"] = round(figures[f"clients_{n}"]["pictures_a_second"] / alone, 3)
+    for n, beside in zip(CLIENTS, engine, strict=True):
+        figures[f"clients_{n}"]["share_of_engine"] = round(figures[f"clients_{n}"]["pictures_a_second"] / beside, 3)
     for name, value in figures.items():
         print(f"{name:<26} {value}")
     keep("serve", arguments.name, limner=limner.__version__, pictures=arguments.pictures, steps=STEPS, **figures)

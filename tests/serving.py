@@ -108,6 +108,12 @@ class Server:
             time.sleep(0.05)
         return answer[1]
 
+    def steps(self) -> float:
+        """Denoising steps that it took so far."""
+        found = re.search(r"^limner_steps_total (.*)$", Server.call(self, "GET", "/metrics")[1].decode(), re.MULTILINE)
+        assert found
+        return float(found[1])
+
     def kill(self, how: int = signal.SIGKILL) -> int | None:
         """End it. -> its exit code."""
         assert self.process.pid is not None
@@ -141,6 +147,9 @@ class Pair(Server):
 
     def call(self, method: str, path: str, body: Any = None, token: str | None = None) -> tuple[int, Any]:
         return next(self._turns)(method, path, body, token)
+
+    def steps(self) -> float:
+        return super().steps() + self.other.steps()
 
     def kill(self, how: int = signal.SIGKILL) -> int | None:
         """End both, the second a moment later. -> the exit code of the first."""

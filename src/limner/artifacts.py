@@ -59,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises OSError as the writing does (a full disk, a folder without rights).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # threads may write the same file
     try:
         with _disk_errors(path):
             yield partial

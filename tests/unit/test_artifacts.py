@@ -59,6 +59,13 @@ def test_a_file_is_replaced_and_its_folder_made(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"a/b/file.txt": "new"}
 
 
+def test_two_threads_may_write_one_file(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "file.txt") as one, atomic_file(tmp_path / "file.txt") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert tree(tmp_path) == {"file.txt": "one"}
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
 def test_an_error_leaves_the_old_file(tmp_path: Path, error: BaseException | type[BaseException]) -> None:
     put(tmp_path, {"file.txt": "old"})

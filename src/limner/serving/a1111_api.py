@@ -17,7 +17,7 @@ from limner.generation import provenance
 from limner.serving.access import Client, From
 from limner.serving.answers import documented
 from limner.serving.openai_api import drawn
-from limner.serving.schemas import REQUEST, JobRequest, JobView
+from limner.serving.schemas import REQUEST, JobRequest, JobView, Word
 from limner.serving.service import Served, Service
 
 routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
@@ -28,8 +28,8 @@ def _lot(seed: Any) -> Any:
     return None if seed == -1 else seed
 
 
-ADDED = re.compile(r"\s*<lora:([^<>:]+):?([^<>]*)>")
-"""How A1111's clients ask for a LoRA, in the prompt."""
+ADDED = re.compile(r"(?<!\s)\s*+<lora:([^<>:]++)(?::([^<>]*+))?>")
+"""How A1111's clients ask for a LoRA, in the prompt. Of a text of any length it looks at each place once."""
 
 
 class Overrides(BaseModel):
@@ -52,11 +52,11 @@ class Txt2Img(BaseModel):
     cfg_scale: Annotated[float, Field(ge=1, le=100)] | None = None
     width: Annotated[int, Field(ge=1, le=8192)] | None = None
     height: Annotated[int, Field(ge=1, le=8192)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 1
-    n_iter: Annotated[int, Field(ge=1)] = 1
-    sampler_name: str | None = None
+    batch_size: Annotated[int, Field(ge=1, le=1000)] = 1
+    n_iter: Annotated[int, Field(ge=1, le=100)] = 1
+    sampler_name: Word | None = None
     """One of /sdapi/v1/samplers, or a name that `limner generate --scheduler` takes; the model's own without."""
-    sampler_index: str | None = None
+    sampler_index: Word | None = None
     """The same under an older name."""
     scheduler: str | None = None
     """`Karras` for the sampler with those noise levels; others are without effect."""
@@ -67,7 +67,7 @@ class Txt2Img(BaseModel):
         """The same, as a job; `pictures` are image, mask and strength."""
         sized = self.width and self.height
         sampler = self.sampler_name or self.sampler_index or None
-        karras = (self.scheduler or "").lower() == "karras"
+        karras = (self.scheduler or "").lower() == "karras" and not (sampler or "").lower().endswith("karras")
         return JobRequest(
             **pictures,
             prompt=ADDED.sub("", self.prompt),
@@ -109,7 +109,7 @@ class Drawn(BaseModel):
 
 
 class Progress(BaseModel):
-    """Of the oldest job that has not ended."""
+    """Of the job that is being drawn, the newest where there are several."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -170,8 +170,7 @@ async def img2img(request: Img2Img, service: Served, client: From) -> Drawn:
     """Draw on a picture, and answer when it is done."""
     mask = request.mask
     if mask is not None and request.inpainting_mask_invert:
-        digest = await run_in_threadpool(service.uploads.add, mask, mask=True)
-        mask = await run_in_threadpool(service.uploads.add_inverted, digest)
+        mask = await run_in_threadpool(service.uploads.inverted, mask)
     wanted = request.to_job(image=request.init_images[0], mask=mask, strength=request.denoising_strength)
     return await _answer(request, wanted, service, client)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import ipaddress
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,11 +10,12 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from limner.serving.answers import refusal
+from limner.serving.answers import no_database, refusal
 from limner.serving.store import Store
 from limner.serving.tokens import digest
 
@@ -60,9 +60,9 @@ def is_this_machine(host: str) -> bool:
 class Gate:
     """Lets requests in: with a token where one is needed, and none that another site's page sends."""
 
-    def __init__(self, app: ASGIApp, store: Store, *, local: bool, needs_token: bool) -> None:
-        """`local` where the server listens at this machine's own address."""
-        self.app, self.store = app, store
+    def __init__(self, app: ASGIApp, store: Store, *, local: bool, needs_token: bool, most: int) -> None:
+        """`local` where the server listens at this machine's own address; a body may have `most` bytes."""
+        self.app, self.store, self.most = app, store, most
         self.local, self.needs_token = local, needs_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,12 +74,20 @@ class Gate:
             await refusal(403, why)(scope, receive, send)
             return
         token = _token(headers.get("authorization", ""))
-        name = await run_in_threadpool(self.store.token_of, digest(token)) if token else None
+        try:
+            name = await run_in_threadpool(self.store.token_of, digest(token)) if token else None
+        except SQLAlchemyError as error:
+            await no_database(error)(scope, receive, send)
+            return
         # Where none is needed an unknown one does no harm: some clients insist on sending something
         if name is None and self.needs_token and scope["path"] not in OPEN_TO_ALL:
             what = "The token is not known here" if token else "A token is needed"
             basic = {"WWW-Authenticate": 'Basic realm="limner"'}
             await refusal(401, f"{what}; make one with limner token add.", basic)(scope, receive, send)
+            return
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self.most:  # Starlette sees to what comes in chunks
+            await refusal(413, f"The body is larger than the {self.most} bytes allowed here.")(scope, receive, send)
             return
         scope["client of limner"] = Client(name or "")
         await self.app(scope, receive, send)
@@ -90,7 +98,7 @@ class Gate:
         if self.local and not self.needs_token and not is_this_machine(_name(host)):
             return "The server is asked by a name that is not this machine's; use 127.0.0.1 or localhost."
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return "Pages of other sites may not use this server."
         return None
 
@@ -111,6 +119,6 @@ def _token(header: str) -> str:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             return ""
     return ""

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
@@ -51,7 +52,7 @@ def documented(*codes: int, json: bool = True) -> dict[int | str, dict[str, Any]
         422: "A setting does not fit; the message says which.",
         429: "Too many jobs of this token.",
         500: "The job failed through a fault of the server.",
-        503: "The server is about to end, or has too much to do.",
+        503: "The server is about to end, has too much to do, or lacks its disk or database.",
     }
     retry = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
     return {
@@ -69,6 +70,12 @@ def refusal(
     message = message.encode("utf-8", "backslashreplace").decode()
     body = Error(error=ErrorBody(message=message, type=kind, code=code))
     return JSONResponse(body.model_dump(), status, headers)
+
+
+def no_database(error: SQLAlchemyError) -> JSONResponse:
+    """An answer for who needs the database when it is away."""
+    log.error("the database does not answer", exc_info=error)
+    return refusal(503, "The server's database does not answer; try again.", _retry(RETRY))
 
 
 def _retry(seconds: float) -> dict[str, str]:
@@ -99,13 +106,20 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(SQLAlchemyError)
     def database(_: Request, error: SQLAlchemyError) -> JSONResponse:
-        log.error("the database does not answer", exc_info=error)
-        return refusal(503, "The server's database does not answer; try again.", _retry(RETRY))
+        return no_database(error)
+
+    @app.exception_handler(OSError)
+    def disk(_: Request, error: OSError) -> JSONResponse:
+        log.error("the disk can't be used", exc_info=error)
+        reason = (error.strerror or "no reason known").lower()
+        return refusal(503, f"The server's disk can't be used ({reason}); try again later.", _retry(RETRY))
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    @app.exception_handler(ValidationError)  # of a job that another's request comes to
+    def invalid(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][1:])
+        where = first["loc"][1:] if isinstance(error, RequestValidationError) else first["loc"]
+        name = ".".join(map(str, where))
         return refusal(422, f"{name or 'The request'}: {first['msg'].removeprefix('Value error, ')}.")
 
     @app.exception_handler(HTTPException)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner import __version__
@@ -19,7 +19,7 @@ from limner.serving.answers import answer_errors, documented
 from limner.serving.metrics import Metrics
 from limner.serving.service import Service
 
-log = logging.getLogger("limner.serve")
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -29,9 +29,11 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         service.start()
-        async with door.opening(app, service):
-            yield
-        await run_in_threadpool(service.stop)
+        try:
+            async with door.opening(app, service):
+                yield
+        finally:
+            await run_in_threadpool(service.stop)
 
     app = FastAPI(
         title="Limner",
@@ -40,7 +42,6 @@ def create_app(service: Service) -> FastAPI:
         lifespan=life,
         docs_url=None,  # its page would ask another host
         redoc_url=None,
-        max_body_size=config.max_upload,
     )
     app.state.service = service
     answer_errors(app)
@@ -49,7 +50,8 @@ def create_app(service: Service) -> FastAPI:
     _add_signs_of_life(app, service)
     local = is_this_machine(config.host)
     needs_token = not local if config.require_tokens is None else config.require_tokens
-    app.add_middleware(Gate, store=service.store, local=local, needs_token=needs_token)
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=config.max_upload)
+    app.add_middleware(Gate, store=service.store, local=local, needs_token=needs_token, most=config.max_upload)
     app.add_middleware(Observer, metrics=service.metrics)
     return app
 
@@ -82,7 +84,7 @@ def _add_signs_of_life(app: FastAPI, service: Service) -> None:
 
 
 class Observer:
-    """Measures and logs each request; never what was in it."""
+    """Measures each request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -104,6 +106,5 @@ class Observer:
         finally:
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "other")  # not the path, which may be anything
-            self.metrics.requests.labels(scope["method"], route, status).observe(seconds)
-            facts = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 4)}
-            log.debug("request", extra=facts)
+            method = scope["method"] if scope["method"] in METHODS else "other"  # which may be anything too
+            self.metrics.requests.labels(method, route, status).observe(seconds)

@@ -15,6 +15,7 @@ from limner.generation import ranking
 from limner.generation.jobs import Spec
 from limner.serving.schemas import JobRequest
 from limner.serving.service import Service
+from limner.serving.uploads import in_base64
 
 PROMPT = "A golden retriever playing in a field."
 AUTOMATIC = "automatic"
@@ -86,14 +87,14 @@ class Controls:
         return [self.report, self.best_of, self.steps, self.guidance, self.size, self.scheduler]
 
     def asked(self, values: Mapping[Any, Any]) -> JobRequest:
-        """What the controls say, given their values; pictures are kept. Raises ValidationError and DataError."""
+        """What the controls say, given their values. Raises ValidationError."""
         said = {name: values[control] for name, control in self.fields.items()}
         said = {name: value.strip() if isinstance(value, str) else value for name, value in said.items()}
         if said["size"] == AUTOMATIC:
             said["size"] = None
         for name in ("image", "mask"):
             if file := said[name]:  # in Gradio's folder, as it made sure
-                said[name] = self.service.uploads.add_bytes(Path(file).read_bytes(), mask=name == "mask")
+                said[name] = in_base64(Path(file).read_bytes())
         given = {name: value for name, value in said.items() if value}  # an empty number comes as 0
         return JobRequest.model_validate({"prompt": "", **given})
 

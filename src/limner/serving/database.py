@@ -15,6 +15,7 @@ from limner.errors import ConfigError
 from limner.serving.tables import Base
 
 FILE = "jobs.sqlite"
+QUIET: dict[str, Any] = {"hide_parameters": True}  # which are prompts, in what an error says
 SCHEMA_LOCK = 7_546_637  # of PostgreSQL's advisory locks, while tables are made
 
 
@@ -54,7 +55,7 @@ def _add_new_columns(connection: Connection) -> None:
 def _sqlite(file: Path) -> Engine:
     """SQLite as a queue wants it: readers never wait, writers do for each other, and a commit is on the disk unless it
     need not be durable."""
-    engine = create_engine(f"sqlite:///{file}", connect_args={"timeout": 30, "check_same_thread": False})
+    engine = create_engine(f"sqlite:///{file}", connect_args={"timeout": 30, "check_same_thread": False}, **QUIET)
 
     @event.listens_for(engine, "connect")
     def connect(connection: Any, _record: Any) -> None:
@@ -80,7 +81,9 @@ def _by_url(url: str) -> Engine:
     if not url.startswith(("postgresql://", "postgres://")):
         raise ConfigError("The database must be postgresql://USER:PASSWORD@HOST/NAME; leave it out for SQLite.")
     try:
-        engine = create_engine("postgresql+psycopg://" + url.split("://", 1)[1], pool_pre_ping=True, pool_size=20)
+        engine = create_engine(
+            "postgresql+psycopg://" + url.split("://", 1)[1], pool_pre_ping=True, pool_size=20, **QUIET
+        )
     except ModuleNotFoundError:
         raise ConfigError("PostgreSQL needs psycopg; install with: pip install 'limner[postgres]'.") from None
     except (ArgumentError, ValueError):

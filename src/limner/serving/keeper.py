@@ -103,7 +103,7 @@ class Keeper:
             path = picture.save(folder_of(self._out, job.id))
             size = path.stat().st_size
         except OSError as error:
-            raise CannotKeep(str(error)) from error
+            raise CannotKeep(error.strerror or type(error).__name__) from error  # the file's name is the prompt
         image = ImageRow(
             id=new_id(),
             job=job.id,

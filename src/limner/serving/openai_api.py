@@ -7,14 +7,15 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Form, HTTPException, Request, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from limner.serving.access import Client, From
 from limner.serving.answers import Failed, documented
-from limner.serving.schemas import REQUEST, BestOf, JobRequest, JobView, Loras
+from limner.serving.schemas import REQUEST, BestOf, Count, JobRequest, JobView, Loras, Word
 from limner.serving.service import Served, Service
+from limner.serving.uploads import in_base64
 
 JOB = {"X-Limner-Job": {"description": "The job behind it, for /v1/jobs.", "schema": {"type": "string"}}}
 routes = APIRouter(prefix="/v1", tags=["openai"])
@@ -29,9 +30,9 @@ class GenerationRequest(BaseModel):
     """What to draw."""
     model: str | None = None
     """One of /v1/models; the first of them when left out."""
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Count | None = None
     """Pictures; one when left out."""
-    size: str | None = None
+    size: Word | None = None
     """WIDTHxHEIGHT in pixels; `auto` is the model's own, as without."""
     response_format: Literal["url", "b64_json"] | None = None
     """`b64_json` when left out, as OpenAI's newer models answer."""
@@ -46,7 +47,7 @@ class GenerationRequest(BaseModel):
     """Limner's: how strongly the prompt is followed; 1 is off."""
     negative_prompt: str | None = None
     """Limner's: what the pictures should not show."""
-    scheduler: str | None = None
+    scheduler: Word | None = None
     """Limner's: by its name, as euler_a or dpmpp_2m_karras."""
     best_of: BestOf = None
     """Limner's: draw so many, and answer with the `n` that fit the prompt best."""
@@ -137,8 +138,11 @@ async def drawn(service: Service, request: JobRequest, client: Client) -> tuple[
     job = await service.ended(job.id)
     if job.state != "done":
         raise Failed(job)
-    files = [service.file(image.id) for image in job.images]
-    return job, [file for file in files if file is not None]
+    files = await run_in_threadpool(lambda: [service.file(image.id) for image in job.images])
+    there = [file for file in files if file is not None]
+    if not there or len(there) < len(files):  # which make room for others only a minute after the end
+        raise HTTPException(404, f"The pictures of job {job.id} are not there any more.")
+    return job, there
 
 
 @routes.post(
@@ -162,10 +166,9 @@ async def edit(
     request: Annotated[EditRequest, Form()], http: Request, response: Response, service: Served, client: From
 ) -> Generated:
     """Draw on a picture, and answer when it is done."""
-    image = await request.image.read()
-    pictures = {"image": await run_in_threadpool(service.uploads.add_bytes, image, mask=False)}
+    pictures = {"image": await run_in_threadpool(in_base64, await request.image.read())}
     if request.mask is not None:
-        pictures["mask"] = await run_in_threadpool(service.uploads.add_see_through, await request.mask.read())
+        pictures["mask"] = await run_in_threadpool(service.uploads.white_mask, await request.mask.read())
     return await _answer(
         request, request.to_job(**pictures, strength=request.strength), http, response, service, client
     )

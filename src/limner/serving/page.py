@@ -190,8 +190,11 @@ class Page:
         self.service.cancel(id_, _client(request).scope)
 
     def _list(self, count: int, before: list[dict[str, Any]], request: gr.Request) -> Update:
-        """The gallery, of the newest `count` jobs; left alone where it shows them already, and what is picked in it."""
-        jobs = self.service.listed(_client(request).scope, limit=count)
+        """The gallery, of the newest `count` jobs with pictures.
+
+        It is left alone, and what is picked in it, where it shows them already.
+        """
+        jobs = self.service.listed(_client(request).scope, drawn=True, limit=count)
         origin = f"{request.url.scheme}://{request.url.netloc}"
         pairs = [(job, image) for job in jobs for image in job.images]
         pictures = [

@@ -14,8 +14,12 @@ REQUEST = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, json_sc
 """Of the models of requests for pictures."""
 
 
-BestOf = Annotated[int, Field(ge=1)] | None
-Loras = Annotated[tuple[str, ...], Field(max_length=8)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+"""Of pictures; a server allows fewer."""
+BestOf = Count | None
+Word = Annotated[str, Field(max_length=64)]
+"""A setting that is written as text."""
+Loras = Annotated[tuple[Annotated[str, Field(max_length=300)], ...], Field(max_length=8)]
 
 
 class JobRequest(BaseModel):
@@ -29,7 +33,7 @@ class JobRequest(BaseModel):
     """What the pictures should not show."""
     model: str | None = None
     """One of /v1/models; the first of them when left out."""
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Count = 1
     """Pictures; picture i has the seed `seed + i`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of the first picture; drawn by lot when left out."""
@@ -37,13 +41,13 @@ class JobRequest(BaseModel):
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=1, le=100)] | None = None
     """How strongly the prompt is followed; 1 is off."""
-    size: str | None = None
+    size: Word | None = None
     """Pixels as SIDE or WIDTHxHEIGHT."""
-    scheduler: str | None = None
+    scheduler: Word | None = None
     """By its name, as euler_a or dpmpp_2m_karras."""
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0
     """How much of guidance's contrast is taken back."""
-    variation: str | None = None
+    variation: Word | None = None
     """SEED:STRENGTH: turn the noise towards that seed's; it is then that seed that counts on."""
     image: str | None = None
     """Picture to begin with, in base64, or the digest that stands in the settings of an earlier job."""
@@ -55,6 +59,11 @@ class JobRequest(BaseModel):
     """Draw so many, and keep the `n` that fit the prompt best, as the model's own CLIP sees it."""
     loras: Loras = ()
     """LoRAs to draw with, NAME or NAME:WEIGHT; /v1/models lists the names."""
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """What it begins with, by field."""
+        return {name: text for name, text in (("image", self.image), ("mask", self.mask)) if text is not None}
 
 
 class ImageView(BaseModel):

@@ -72,6 +72,7 @@ class Service:
         self.chosen: dict[str, str] = {}
         """The model that an owner chose for requests that name none, as A1111's clients do."""
         self.draining = False
+        self._until = 0.0
         self.on_drain: list[Callable[[], None]] = []
         """What else is to end when the server is told to."""
 
@@ -80,7 +81,9 @@ class Service:
         self.worker.start()
 
     def drain(self) -> None:
-        """Accept no more jobs and begin no more."""
+        """Accept no more jobs and begin no more; what is being drawn may go on for `config.drain` seconds."""
+        if not self.draining:
+            self._until = time.monotonic() + self.config.drain
         self.draining = True
         self.worker.drain()
         self.changes.tell_all()
@@ -88,9 +91,10 @@ class Service:
             end()
 
     def stop(self) -> None:
-        """Finish what is being drawn, or hand it back after `config.drain` seconds, and let go of everything."""
+        """Finish what is being drawn, or hand it back `config.drain` seconds after the first word of the end, and let
+        go of everything."""
         self.drain()
-        self.worker.stop(self.config.drain)
+        self.worker.stop(max(0.0, self._until - time.monotonic()))
         self.store.close()
 
     def submit(self, request: JobRequest, owner: str = "") -> JobView:
@@ -98,6 +102,13 @@ class Service:
 
         Raises ConfigError or DataError where it can't be drawn, UnknownModel, QueueFull and Draining.
         """
+        try:
+            return self._submit(request, owner)
+        except QueueFull:
+            self.metrics.refused.inc()
+            raise
+
+    def _submit(self, request: JobRequest, owner: str) -> JobView:
         if self.draining:
             raise Draining
         model = self.model_name(request.model)
@@ -105,14 +116,15 @@ class Service:
         loras = tuple(f"{name}:{lora.weight:g}" for name, lora in self.shelf.chosen(request.loras))
         request = request.model_copy(update={"model": model, "seed": seed, "loras": loras})
         self._check(request, self.specs[model])
-        kept = {
-            name: self.uploads.add(text, mask=name == "mask")
-            for name, text in (("image", request.image), ("mask", request.mask))
-            if text is not None
-        }
-        request = request.model_copy(update=kept)
-        draws = to_draw(self.specs[model], request, self.uploads)
+        limits = {"queue": self.config.queue, "rate": self.config.rate, "open_jobs": self.config.open_jobs}
+        if request.pictures:  # which cost work and room, so nobody gets there who may have no more jobs
+            self.store.check(owner, **limits)
+        sent = {name: self.uploads.read(text, mask=name == "mask") for name, text in request.pictures.items()}
+        draws = to_draw(self.specs[model], request, {name: source for name, (_, source) in sent.items()})
         self._check_size(draws[0].width, draws[0].height)
+        for data, source in sent.values():
+            self.uploads.keep(data, source.sha256)
+        request = request.model_copy(update={name: source.sha256 for name, (_, source) in sent.items()})
         row = JobRow(
             id=new_id(),
             owner=owner,
@@ -123,12 +135,7 @@ class Service:
             steps=sum(draw.steps_taken for draw in draws),
             created=time.time(),
         )
-        limits = {"queue": self.config.queue, "rate": self.config.rate, "open_jobs": self.config.open_jobs}
-        try:
-            self.store.add(row, **limits)
-        except QueueFull:
-            self.metrics.refused.inc()
-            raise
+        self.store.add(row, **limits)
         self.metrics.accepted.labels(model).inc()
         prompt = {"prompt": request.prompt} if self.config.log_prompts else {}
         log.info("job accepted", extra={"job": row.id, "owner": owner, "model": model, **prompt})
@@ -174,10 +181,16 @@ class Service:
         return None if row is None else self._views([row])[0]
 
     def listed(
-        self, owner: str | None = None, *, state: State | None = None, before: int | None = None, limit: int = 50
+        self,
+        owner: str | None = None,
+        *,
+        state: State | None = None,
+        before: int | None = None,
+        drawn: bool = False,
+        limit: int = 50,
     ) -> list[JobView]:
-        """The newest jobs, newest first; `before` a job's number for older ones."""
-        return self._views(self.store.listed(owner=owner, state=state, before=before, limit=limit))
+        """The newest jobs, newest first; `before` a job's number for older ones, `drawn` for those with pictures."""
+        return self._views(self.store.listed(owner=owner, state=state, before=before, drawn=drawn, limit=limit))
 
     def cancel(self, id_: str, owner: str | None = None) -> JobView | None:
         """End a job, at once in the queue and within one step while it is drawn; one that has ended stays as it is."""

@@ -103,8 +103,8 @@ class Shelf:
 
     @property
     def loaded(self) -> list[str]:
-        """Names of the models that are loaded now."""
-        return [name for name, _ in self._loaded]
+        """Names of the models that are loaded now; any thread may ask."""
+        return [name for name, _ in list(self._loaded)]
 
     def get(self, name: str, loras: tuple[Lora, ...] = ()) -> Model:
         """A model, ready to draw. LoRAs are in its weights: one with some takes the place of one with others.

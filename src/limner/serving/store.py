@@ -106,21 +106,17 @@ class Store:
 
         `queue` and `open_jobs` count unfinished jobs of all and of the owner, `rate` is the owner's new ones a minute.
         """
-        now = job.created
         with self.session(write=True) as session:
             if job.owner:
                 session.execute(select(TokenRow).where(TokenRow.name == job.owner).with_for_update())
-                own = select(func.count()).where(JobRow.owner == job.owner)
-                if session.scalar(own.where(JobRow.state.in_(OPEN))) >= open_jobs:  # type: ignore[operator]
-                    raise QueueFull(f"{open_jobs} jobs of this token are open; wait for one to end.", 5, own=True)
-                recent = select(JobRow.created).where(JobRow.owner == job.owner, JobRow.created > now - 60)
-                oldest = session.scalar(recent.order_by(JobRow.created.desc()).offset(rate - 1).limit(1))
-                if oldest is not None:
-                    raise QueueFull(f"This token began {rate} jobs within a minute.", oldest + 60 - now, own=True)
-            if session.scalar(select(func.count()).where(JobRow.state.in_(OPEN))) >= queue:  # type: ignore[operator]
-                raise QueueFull(f"{queue} jobs wait already; come back later.", 30, own=False)
+            _check(session, job.owner, job.created, queue=queue, rate=rate, open_jobs=open_jobs)
             session.add(job)
         return job
+
+    def check(self, owner: str, *, queue: int, rate: int, open_jobs: int) -> None:
+        """Raise QueueFull where `add` would now."""
+        with self.session(write=False) as session:
+            _check(session, owner, time.time(), queue=queue, rate=rate, open_jobs=open_jobs)
 
     def get(self, id_: str, owner: str | None = None) -> JobRow | None:
         """A job, if it is the owner's; of anybody for None."""
@@ -145,10 +141,19 @@ class Store:
             return dict(rows.tuples().all())
 
     def listed(
-        self, *, owner: str | None = None, state: State | None = None, before: int | None = None, limit: int
+        self,
+        *,
+        owner: str | None = None,
+        state: State | None = None,
+        before: int | None = None,
+        drawn: bool = False,
+        limit: int,
     ) -> Sequence[JobRow]:
-        """The newest jobs, or those older than the one of number `before`, newest first."""
+        """The newest jobs, or those older than the one of number `before`, newest first; with `drawn` only those that
+        have pictures."""
         wanted = select(JobRow).where(*_owned(owner))
+        if drawn:
+            wanted = wanted.where(select(ImageRow.id).where(ImageRow.job == JobRow.id).exists())
         if state is not None:
             wanted = wanted.where(JobRow.state == state)
         if before is not None:
@@ -291,6 +296,20 @@ class Store:
         """The name behind a token."""
         with self.session(write=False) as session:
             return session.scalar(select(TokenRow.name).where(TokenRow.digest == digest))
+
+
+def _check(session: Session, owner: str, now: float, *, queue: int, rate: int, open_jobs: int) -> None:
+    """Raise QueueFull where all, or the owner, have as many jobs as they may."""
+    if owner:
+        own = select(func.count()).where(JobRow.owner == owner)
+        if session.scalar(own.where(JobRow.state.in_(OPEN))) >= open_jobs:  # type: ignore[operator]
+            raise QueueFull(f"{open_jobs} jobs of this token are open; wait for one to end.", 5, own=True)
+        recent = select(JobRow.created).where(JobRow.owner == owner, JobRow.created > now - 60)
+        oldest = session.scalar(recent.order_by(JobRow.created.desc()).offset(rate - 1).limit(1))
+        if oldest is not None:
+            raise QueueFull(f"This token began {rate} jobs within a minute.", oldest + 60 - now, own=True)
+    if session.scalar(select(func.count()).where(JobRow.state.in_(OPEN))) >= queue:  # type: ignore[operator]
+        raise QueueFull(f"{queue} jobs wait already; come back later.", 30, own=False)
 
 
 def _owned(owner: str | None) -> tuple[Any, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
+import os
 import re
 import time
 from collections.abc import Container
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from limner.generation.sources import Source
+    from limner.serving.schemas import JobRequest
 
 FRESH = 3600  # seconds that a picture stays without a job, which may be about to be stored
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -32,58 +33,58 @@ class Uploads:
     def __init__(self, folder: Path, most_pixels: int) -> None:
         self.folder, self.most_pixels = folder, most_pixels
 
-    def add(self, text: str, *, mask: bool) -> str:
-        """Keep a picture that comes in base64, perhaps as a data: URL, or whose digest a client has. -> its digest.
+    def read(self, text: str, *, mask: bool) -> tuple[bytes, Source]:
+        """A picture that comes in base64, perhaps as a data: URL, or whose digest a client has: its file, and decoded.
 
         Raises DataError where it is no picture or is too large.
         """
         if DIGEST.fullmatch(text):
-            self._read(text, mask=mask)
-            self._file(text).touch()  # it is fresh again
-            return text
-        try:
-            data = base64.b64decode(HEAD.sub("", text[:100], count=1) + text[100:], validate=True)
-        except (binascii.Error, ValueError):
-            what = "mask" if mask else "picture"
-            raise DataError(f"The {what} is neither base64 nor the digest of one that was sent before.") from None
-        return self.add_bytes(data, mask=mask)
-
-    def add_bytes(self, data: bytes, *, mask: bool) -> str:
-        """The same, of the bytes of a file."""
-        self._decoded(data, mask=mask)
-        digest = sha256(data).hexdigest()
-        file = self._file(digest)
-        if file.exists():
-            file.touch()
+            data = self._kept(text)
         else:
+            try:
+                data = base64.b64decode(HEAD.sub("", text[:100], count=1) + text[100:], validate=True)
+            except ValueError:
+                what = "mask" if mask else "picture"
+                raise DataError(f"The {what} is neither base64 nor the digest of one that was sent before.") from None
+        return data, self._decoded(data, mask=mask)
+
+    def keep(self, data: bytes, digest: str) -> None:
+        """Write the file of a picture that was read; where it lies there already it is fresh again."""
+        file = self._file(digest)
+        try:
+            os.utime(file)
+        except FileNotFoundError:
             with atomic_file(file) as partial:
                 partial.write_bytes(data)
-        return digest
 
-    def add_inverted(self, digest: str) -> str:
-        """Keep the mask that redraws what this one keeps. -> its digest."""
+    def inverted(self, text: str) -> str:
+        """The mask that redraws what this one keeps, in base64. Raises DataError as `read`."""
         from PIL import ImageOps
 
-        return self.add_bytes(_png(ImageOps.invert(self.mask(digest).image)), mask=True)
+        return _png(ImageOps.invert(self.read(text, mask=True)[1].image))
 
-    def add_see_through(self, data: bytes) -> str:
-        """Keep OpenAI's mask, which is see-through where to redraw, as ours, which is white there; one that is not
-        see-through is ours already. -> its digest. Raises DataError as `add`."""
+    def white_mask(self, data: bytes) -> str:
+        """OpenAI's mask, which is see-through where to redraw, as ours, which is white there; one that is not
+        see-through is ours already. In base64. Raises DataError as `read`."""
         from PIL import Image, ImageOps
 
         self._decoded(data, mask=False)  # so that it is known to be within bounds, and whole
         image = Image.open(io.BytesIO(data))
         if image.has_transparency_data:
-            data = _png(ImageOps.invert(image.convert("RGBA").getchannel("A")))
-        return self.add_bytes(data, mask=True)
+            return _png(ImageOps.invert(image.convert("RGBA").getchannel("A")))
+        return in_base64(data)
+
+    def sources(self, request: JobRequest) -> dict[str, Source]:
+        """What a request begins with, whose pictures are kept. Raises DataError where one is not there."""
+        return {name: self.read(digest, mask=name == "mask")[1] for name, digest in request.pictures.items()}
 
     def picture(self, digest: str) -> Source:
         """A picture to begin with. Raises DataError where it is not there."""
-        return self._read(digest, mask=False)
+        return self._decoded(self._kept(digest), mask=False)
 
     def mask(self, digest: str) -> Source:
         """A mask. Raises DataError where it is not there."""
-        return self._read(digest, mask=True)
+        return self._decoded(self._kept(digest), mask=True)
 
     def size(self) -> int:
         """Bytes of all."""
@@ -98,13 +99,12 @@ class Uploads:
     def _files(self) -> list[Path]:
         return [file for file in self.folder.glob("??/*") if DIGEST.fullmatch(file.name)]
 
-    def _read(self, digest: str, *, mask: bool) -> Source:
+    def _kept(self, digest: str) -> bytes:
         assert DIGEST.fullmatch(digest)
         try:
-            data = self._file(digest).read_bytes()
+            return self._file(digest).read_bytes()
         except FileNotFoundError:
             raise DataError(f"There is no picture {digest[:12]}… here; send it again.") from None
-        return self._decoded(data, mask=mask)
 
     def _decoded(self, data: bytes, *, mask: bool) -> Source:
         name = sha256(data).hexdigest()
@@ -115,7 +115,12 @@ class Uploads:
         return self.folder / digest[:2] / digest
 
 
-def _png(image: Image) -> bytes:
+def in_base64(data: bytes) -> str:
+    """A file as the field of a request."""
+    return base64.b64encode(data).decode()
+
+
+def _png(image: Image) -> str:
     out = io.BytesIO()
     image.save(out, "PNG")
-    return out.getvalue()
+    return in_base64(out.getvalue())

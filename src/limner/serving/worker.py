@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from limner.generation.model import Model
+    from limner.generation.sources import Source
 
 log = logging.getLogger("limner.serve")
 
@@ -44,8 +45,8 @@ class Halt(Exception):
     """Ends a drawing at its next step."""
 
 
-def to_draw(spec: Spec, request: JobRequest, uploads: Uploads) -> list[Job]:
-    """The pictures of a request, whose own pictures are uploaded. Raises UserError where a setting doesn't fit."""
+def to_draw(spec: Spec, request: JobRequest, sources: Mapping[str, Source]) -> list[Job]:
+    """The pictures of a request that begins with `sources`. Raises UserError where a setting doesn't fit."""
     return make_jobs(
         spec,
         [request.prompt],
@@ -58,8 +59,8 @@ def to_draw(spec: Spec, request: JobRequest, uploads: Uploads) -> list[Job]:
         scheduler=request.scheduler,
         guidance_rescale=request.guidance_rescale,
         variation=request.variation,
-        image=None if request.image is None else uploads.picture(request.image),
-        mask=None if request.mask is None else uploads.mask(request.mask),
+        image=sources.get("image"),
+        mask=sources.get("mask"),
         strength=request.strength,
     )
 
@@ -114,11 +115,15 @@ class Worker:
         self._draining.set()
         self._more.set()
 
+    def halt(self) -> None:
+        """Hand what is being drawn back at its next step."""
+        self._halting.set()
+
     def stop(self, seconds: float) -> None:
         """Take no more jobs, finish what is being drawn, and after so many seconds hand it back."""
         self.drain()
         if self._threads[0].is_alive() and not self._ended.wait(seconds):
-            self._halting.set()
+            self.halt()
             self._ended.wait()
 
     def step_of(self, id_: str) -> int | None:
@@ -143,6 +148,7 @@ class Worker:
                 self._go_on()
             self._go_on(last=True)
         finally:
+            self.ready = False
             self._keeper.close()
             self._ended.set()
 
@@ -165,6 +171,9 @@ class Worker:
             with suppress(SQLAlchemyError):
                 self._store.give_back(self.id)
             self._draining.wait(TROUBLED)
+        except Exception:  # whatever it was, the other jobs are drawn
+            log.exception("drawing goes on after a fault")
+            self._draining.wait(TROUBLED)
 
     def _prepare(self) -> None:
         with suppress(SQLAlchemyError):
@@ -173,6 +182,8 @@ class Worker:
             self._shelf.get(next(iter(self._shelf.specs)))
         except UserError as error:  # which its jobs will say too
             log.warning("model not loaded: %s", error)
+        except Exception:  # as where the GPU's memory is full: another model may fit
+            log.exception("model not loaded")
         self.ready = True
 
     def _pulse(self) -> None:
@@ -242,15 +253,13 @@ class Worker:
             if name not in self._shelf.specs:
                 raise ModelError(f"There is no model {name} on this server any more.")
             model = self._shelf.get(name, tuple(lora for _, lora in self._shelf.chosen(texts)))
-            todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held)]
-        except SQLAlchemyError:
-            raise
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("the model can't be used", extra={"model": name})
             for held in jobs:  # of a LoRA that is not for the model, who chose it is to blame
                 self._keeper.fail(held, _sentence(error), fault=not (texts and isinstance(error, UserError)))
             return
+        todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held)]
         size = self._batch_size
         for start in range(0, len(todo), size):
             batch = [one for one in todo[start : start + size] if one[0].wanted]
@@ -258,10 +267,20 @@ class Worker:
                 self._draw_batch(model, batch)
 
     def _missing(self, spec: Spec, held: Held) -> list[tuple[int, Job]]:
-        """The pictures that a job still lacks: all, unless a server died while it drew it."""
+        """The pictures that a job still lacks: all, unless a server died while it drew it.
+
+        Empty where it can't be drawn any more; then it alone has failed, and not those that share a batch with it.
+        """
         images = self._store.images([held.row.id])
         there = {image.number for image in images}
-        draws = to_draw(spec, JobRequest(**held.row.settings), self._uploads)
+        try:
+            request = JobRequest(**held.row.settings)
+            draws = to_draw(spec, request, self._uploads.sources(request))
+        except Exception as error:
+            if not isinstance(error, UserError):
+                log.exception("the job can't be used", extra={"job": held.row.id})
+            self._keeper.fail(held, _sentence(error), fault=True)
+            return []
         self._keeper.clear(held.row.id, [image.file for image in images])
         held.step = sum(draws[number].steps_taken for number in there)
         return [(number, job) for number, job in enumerate(draws) if number not in there]
@@ -284,9 +303,11 @@ class Worker:
                 raise Halt
 
         def on_preview(job: Job, image: Callable[[], Image]) -> None:
-            held = next(held for held, _, one in batch if one == job)
-            if self._changes.followed(held.row.id):
-                held.preview = _jpeg(image())
+            followed = [held for held, _, one in batch if one == job and self._changes.followed(held.row.id)]
+            if followed:
+                preview = _jpeg(image())
+                for held in followed:
+                    held.preview = preview
 
         try:
             jobs = [job for _, _, job in batch]
@@ -300,9 +321,10 @@ class Worker:
                 raise
         except Exception as error:
             if len(batch) > 1:
-                for held, number, job in batch:
-                    held.step = before[held.row.id]
-                    self._draw_batch(model, [(held, number, job)])
+                for id_, held in of_id.items():
+                    held.step = before[id_]
+                for one in batch:
+                    self._draw_batch(model, [one])
                 return
             if not isinstance(error, UserError):
                 log.exception("drawing failed", extra={"job": batch[0][0].row.id})

@@ -38,8 +38,11 @@ def run(config: ServeConfig) -> None:
         """Uvicorn's, which lets the service know that it is to end before it waits for open answers."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            service.drain()
-            super().handle_exit(sig, frame)
+            if service.draining:
+                service.worker.halt()
+            else:
+                service.drain()
+                super().handle_exit(sig, frame)
 
     listening = _listen(config.host, config.port)
     begin()

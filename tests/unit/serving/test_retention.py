@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -82,11 +83,14 @@ def test_what_no_job_begins_with_goes_once_it_is_not_fresh(store: Store, tmp_pat
     for colour in ("red", "green", "blue"):
         out = io.BytesIO()
         Image.new("RGB", (8, 8), colour).save(out, "PNG")
-        digests.append(uploads.add_bytes(out.getvalue(), mask=False))
+        digests.append(sha256(out.getvalue()).hexdigest())
+        uploads.keep(out.getvalue(), digests[-1])
     files = [tmp_path / "uploads" / digest[:2] / digest for digest in digests]
     for file in files:
         os.utime(file, (time.time() - FRESH - 1,) * 2)
     ended(store, tmp_path, ago=1.0, image=digests[0])
-    uploads.add(digests[1], mask=False)  # named again, by somebody whose job is about to come
+    uploads.keep(
+        uploads.read(digests[1], mask=False)[0], digests[1]
+    )  # named again, by somebody whose job is about to come
     make_room(tmp_path, store, uploads, 0)
     assert [file.exists() for file in files] == [True, True, False]

@@ -48,6 +48,16 @@ def test_first_come_first_served(store: Store) -> None:
     assert store.take("w", pictures=1, lease=LEASE) == []
 
 
+def test_jobs_without_pictures_hide_none_that_have_some(store: Store) -> None:
+    drawn = add(store, job(pictures=2))
+    store.take("w", pictures=2, lease=LEASE)
+    for number in range(2):
+        store.keep("w", picture(drawn, number), step=4, last=number == 1)
+    waiting = [add(store, job()) for _ in range(3)]
+    assert [row.id for row in store.listed(limit=2)] == [waiting[2].id, waiting[1].id]
+    assert [row.id for row in store.listed(drawn=True, limit=2)] == [drawn.id]
+
+
 def test_a_batch_is_of_one_shape_and_no_larger_than_asked(store: Store) -> None:
     rows = [add(store, job(shape, pictures=n)) for shape, n in (("a", 2), ("b", 1), ("a", 3), ("a", 2), ("a", 1))]
     taken = store.take("w", pictures=5, lease=LEASE)

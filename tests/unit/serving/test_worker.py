@@ -1,0 +1,145 @@
+"""What the worker does with batches of several jobs, with two models, and where something fails; as on a GPU."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("sqlalchemy")
+from limner.config import ServeConfig
+from limner.errors import ConfigError
+from limner.generation.model import Model
+from limner.serving.schemas import JobRequest, JobView
+from limner.serving.service import Service
+from limner.serving.store import QueueFull
+from limner.serving.tables import OPEN
+from tiny import tiny_model
+
+BATCH = 8
+PROMPTS = ("A dog.", "A cat on a beach.", "Two children play.")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two models."""
+    place = tmp_path_factory.mktemp("worker")
+    return [str(tiny_model(place / "first")), str(tiny_model(place / "second", "ddpm"))]
+
+
+@pytest.fixture
+def service(folders: list[str], tmp_path: Path) -> Service:
+    """One that begins to draw when it is started, several pictures at once."""
+    service = Service(ServeConfig(models=tuple(folders), out=tmp_path / "served", device="cpu", queue=20))
+    service.worker._batch_size = BATCH
+    return service
+
+
+def ended(service: Service, *jobs: JobView) -> list[JobView]:
+    """The jobs once they have ended, drawn from now on; the service ends then too."""
+    service.start()
+    until = time.monotonic() + 120
+    while any(service.store.state(job.id) in OPEN for job in jobs):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    found = [service.get(job.id) for job in jobs]
+    service.stop()
+    assert all(found)
+    return [job for job in found if job]
+
+
+def pixels(service: Service, job: JobView) -> list[Any]:
+    """Of the pictures of a job."""
+    files = [service.file(image.id) for image in job.images]
+    return [np.asarray(Image.open(file)).astype(int) for file in files if file]
+
+
+def noise() -> str:
+    """A picture to begin with, in base64."""
+    out = io.BytesIO()
+    Image.effect_noise((16, 16), 80).convert("RGB").save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def test_jobs_drawn_at_once_are_as_each_alone(service: Service, folders: list[str]) -> None:
+    """Of two models, of which one has jobs of one and of several pictures."""
+    requests = [JobRequest(prompt=text, seed=7 + n, n=n, steps=3) for n, text in enumerate(PROMPTS, 1)]
+    requests.append(requests[0])  # the same twice
+    other = JobRequest(prompt=PROMPTS[0], seed=7, steps=3, model="second")
+    jobs = ended(service, *map(service.submit, [*requests, other]))
+    assert {job.state for job in jobs} == {"done"}
+    assert len({job.started for job in jobs[:-1]}) == 1, "taken together"
+    assert all(job.step == job.steps for job in jobs)
+    for job, request, folder in zip(jobs, [*requests, other], [*folders[:1] * 4, folders[1]], strict=True):
+        model, drawn = Model.load(folder, device="cpu"), pixels(service, job)
+        assert len(drawn) == request.n
+        for number, image in enumerate(drawn):
+            (alone,) = model(request.prompt, seed=(request.seed or 0) + number, steps=3).images
+            assert np.abs(image - np.asarray(alone)).max() <= 1
+
+
+def test_a_job_that_can_t_be_drawn_fails_alone(service: Service) -> None:
+    bad = service.submit(JobRequest(prompt="A dog.", seed=1, steps=2, image=noise(), strength=1))
+    good = service.submit(JobRequest(prompt="A dog.", seed=1, steps=2))
+    for file in service.uploads.folder.glob("??/*"):
+        file.unlink()
+    bad, good = ended(service, bad, good)
+    assert bad.started == good.started, "taken together"
+    assert (good.state, good.error) == ("done", None)
+    assert (bad.state, bad.fault) == ("failed", True)
+    assert "no picture" in str(bad.error)
+
+
+def test_a_batch_that_fails_is_drawn_one_by_one(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, sizes = Model.draw, []
+
+    def fails(self: Model, jobs: Sequence[Any], **more: Any) -> Any:
+        sizes.append(len(jobs))
+        if len(jobs) > 1:
+            more["on_step"](1)
+            raise RuntimeError("out of memory")
+        return draw(self, jobs, **more)
+
+    monkeypatch.setattr(Model, "draw", fails)
+    two, one = (service.submit(JobRequest(prompt="A dog.", seed=1, n=n, steps=2)) for n in (2, 1))
+    two, one = ended(service, two, one)
+    assert sizes == [3, 1, 1, 1]
+    assert [(job.state, job.step, len(job.images)) for job in (two, one)] == [("done", 4, 2), ("done", 2, 1)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(5, "I/O error")])
+def test_a_first_model_that_does_not_load_leaves_the_other(
+    service: Service, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    get: Callable[..., Model] = service.shelf.get
+
+    def fails(name: str, *more: Any) -> Model:
+        if name == "first":
+            raise error
+        return get(name, *more)
+
+    monkeypatch.setattr(service.shelf, "get", fails)
+    requests = [JobRequest(prompt="A dog.", steps=1, model=name) for name in ("first", "second")]
+    first, second = ended(service, *map(service.submit, requests))
+    assert (first.state, first.fault, second.state) == ("failed", True, "done")
+
+
+def test_what_is_refused_leaves_no_file(service: Service) -> None:
+    with pytest.raises(ConfigError, match="strength"):
+        service.submit(JobRequest(prompt="A dog.", steps=2, image=noise(), strength=0.1))
+    with pytest.raises(ConfigError, match="divisible"):
+        service.submit(JobRequest(prompt="A dog.", size="17", image=noise()))
+    for seed in range(20):
+        service.submit(JobRequest(prompt="A dog.", seed=seed))
+    with pytest.raises(QueueFull):
+        service.submit(JobRequest(prompt="A dog.", image=noise()))
+    assert not service.uploads.folder.exists()
+    assert "limner_jobs_refused_total 1.0" in service.metrics.render({}, 0).decode()
+    service.store.close()

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,8 +46,10 @@ def run_training(make: Callable[[C], Task], config: C) -> Path:
     run = on_main(accelerator, Run.open, config.out, config, task.parents)
     said = on_main(accelerator, _nothing_to_do, run, config)
     if said is None:
-        facts = _train(task, config, run, accelerator)
-        on_main(accelerator, run.finish, started=started, **facts, **task.facts)
+        with ExitStack() as stack:
+            on_main(accelerator, stack.enter_context, run.work(config))
+            facts = _train(task, config, run, accelerator)
+            on_main(accelerator, run.finish, started=started, **facts, **task.facts)
         said = str(run.model)
     if accelerator.is_main_process:
         print(said)

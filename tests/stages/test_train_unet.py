@@ -332,6 +332,18 @@ def test_a_unet_of_another_width_is_refused(latents: Path, tmp_path: Path) -> No
     assert not (tmp_path / "r").exists()
 
 
+def test_what_a_given_unet_keeps_is_not_asked_to_be_otherwise(latents: Path, tmp_path: Path) -> None:
+    sizes = {"block_out_channels": (32, 64), "attention_head_dim": (1, 2)}
+    model = saved_unet(tmp_path / "model", cross_attention_dim=16, **sizes)
+    own = {"channels": (32, 64), "attention": (False, True)}
+    for name, other in (("objective", "v"), ("layers", 2), ("head_width", 16), ("channels", (32, 32))):
+        with pytest.raises(
+            ConfigError, match=rf"^{name} is for a new U-Net, and that of .* keeps its own; leave it out"
+        ):
+            examples(latents, tmp_path, 0, model=model, **own | {name: other})
+    examples(latents, tmp_path, 0, model=model, **own, objective="flow", layers=1, head_width=32)
+
+
 def test_a_unet_that_predicts_something_else_is_refused(latents: Path, tmp_path: Path) -> None:
     model = saved_unet(tmp_path / "model", cross_attention_dim=16)
     DDIMScheduler(prediction_type="sample").save_pretrained(tmp_path / "model" / "scheduler")

@@ -64,6 +64,7 @@ class TrainUnet:
             self.scheduler = loading.load_scheduler(config.model)
             self.unet = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
+            self._refuse_other_kind(config.model)
             self.encoded.refuse_misfit(self.unet, config.model)
             if isinstance(config, TrainLoraConfig) or config.tune != "full":  # else it may get used to other latents
                 self.encoded.refuse_other_vae(config.model)
@@ -99,6 +100,14 @@ class TrainUnet:
         if not self.encoded.val.captioned(1):
             raise DataError(f"No val picture of {self.config.data} has a caption to draw for the judge; leave it out.")
         return judge
+
+    def _refuse_other_kind(self, model: str) -> None:
+        """Raise ConfigError where the U-Net is given, and another size or objective is asked for."""
+        own = {"objective": schedulers.objective_of(self.scheduler), **unet.settings_of(self.unet)}
+        for name, value in own.items():
+            asked = getattr(self.config, name)
+            if asked not in (value, type(self.config).model_fields[name].default):
+                raise ConfigError(f"{name} is for a new U-Net, and that of {model} keeps its own; leave it out.")
 
     def _refuse_other_text(self, model: str) -> None:
         """Raise ModelError where a LoRA's model, which goes on reading its own text encoder, reads another one."""

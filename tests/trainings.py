@@ -120,7 +120,7 @@ class Summing:
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error."""
         error = network(batch["x"]) - batch["y"]
-        return error.square().mean(), {"error": error.abs().max()}
+        return error.square().mean(), {"furthest": error.abs().max()}
 
     def validate(self, samples: Path) -> dict[str, float]:
         """Squared error on the first examples."""

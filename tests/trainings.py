@@ -60,7 +60,8 @@ SMALLEST: dict[type[StageConfig], dict[str, Any]] = {
 
 def config(cls: type[C], data: Path, out: Path, **settings: Any) -> C:
     """The smallest configuration of a stage that reads `data` and writes `out`; a setting of None is left out."""
-    values = {"data": data, "out": out, **SMALLEST[cls], **settings}
+    given = cls is TrainUnetConfig and settings.get("model")  # whose size is its own
+    values = {"data": data, "out": out, **(TRAINING if given else SMALLEST[cls]), **settings}
     return resolve(cls, {name: value for name, value in values.items() if value is not None})
 
 
@@ -119,7 +120,7 @@ class Summing:
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error."""
         error = network(batch["x"]) - batch["y"]
-        return error.square().mean(), {"error": error.abs().max()}
+        return error.square().mean(), {"furthest": error.abs().max()}
 
     def validate(self, samples: Path) -> dict[str, float]:
         """Squared error on the first examples."""

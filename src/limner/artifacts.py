@@ -15,6 +15,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -203,8 +204,8 @@ class Run:
     def open(cls, folder: Path, config: StageConfig, parents: dict[str, str]) -> Self:
         """Create the run folder, or come back to it when it was made with the same configuration from the same parents.
 
-        `parents` maps a role ("data", "vae") to the sha256 of what is used. Raises RunError when the folder holds
-        something else, naming the settings or parents that differ.
+        In a run that was begun nothing changes before `work`. `parents` maps a role ("data", "vae") to the sha256 of
+        what is used. Raises RunError when the folder holds something else, naming the settings or parents that differ.
         """
         wanted = json.loads(config.model_dump_json())
         file = folder / "config.json"
@@ -225,10 +226,26 @@ class Run:
                 f"{folder} was made from other contents of {' and '.join(sorted(roles))} than are there now; "
                 "choose another --out."
             )
-        write_json(file, wanted)  # first, since it is what makes the folder a run's
+        if not file.exists():
+            write_json(file, wanted)  # first, since it is what makes the folder a run's
         if not manifest.exists():
             write_json(manifest, {"parents": parents})
         return cls(folder)
+
+    @contextmanager
+    def work(self, config: StageConfig) -> Iterator[None]:
+        """Note the configuration, as what may change of it may have, and clear away what killed processes left.
+
+        Raises RunError where another process is at work in the folder.
+        """
+        with _alone(self.folder):
+            for partial in list(self.folder.rglob(f".*{PARTIAL}")):
+                if partial.is_dir():
+                    shutil.rmtree(partial)
+                else:
+                    partial.unlink(missing_ok=True)
+            write_json(self.folder / "config.json", json.loads(config.model_dump_json()))
+            yield
 
     @property
     def finished(self) -> bool:
@@ -269,6 +286,30 @@ class Run:
             **facts,
         }
         write_json(self.folder / "manifest.json", manifest)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which the system lets go of when this process ends, however it ends.
+
+    The lock is of POSIX's kind, which forked workers don't inherit and so can't outlive. Raises RunError where another
+    process holds it.
+    """
+    if sys.platform == "win32":  # has none of that kind
+        yield
+        return
+    import fcntl
+
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RunError(
+                f"Another process is at work in {folder}; let it end, stop it, or choose another --out."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def is_finished(folder: Path) -> bool:

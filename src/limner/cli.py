@@ -54,6 +54,7 @@ EXPECTED_OS_ERRORS = {
     errno.ENOSPC: "The disk is full",
     errno.EDQUOT: "The disk quota is used up",
     errno.EFBIG: "A file would become larger than is allowed",
+    errno.EIO: "The disk failed to read or write",
     errno.EACCES: "There is no right to write",
     errno.EPERM: "There is no right to write",
     errno.EROFS: "The disk is read-only",

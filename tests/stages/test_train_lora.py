@@ -197,6 +197,11 @@ def test_latents_of_another_vae_are_refused_but_where_all_of_the_unet_can_get_us
     ):
         with pytest.raises(ModelError, match=r"has latents of the VAE .*, and .* has another; encode with --vae"):
             stage.run(config(cls, cache, tmp_path / "r", model=str(model), **given))
+        with pytest.raises(
+            ModelError, match=r"has latents of the VAE .*, and .* was trained on latents of another; enc"
+        ):
+            stage.run(config(cls, cache, tmp_path / "r", model=str(unet), **given))
+        stage.plan(config(cls, latents, tmp_path / "r", model=str(unet), **given))
     assert not (tmp_path / "r").exists()
     train_unet.TrainUnet(config(TrainUnetConfig, cache, tmp_path / "r", model=str(model)))
     parts = {"clip": str(clip), "vae": str(vae), "unet": str(unet), "precision": "bf16", "grid": 0}

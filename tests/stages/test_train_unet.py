@@ -156,11 +156,31 @@ def test_training_with_buckets_is_judged_on_all_of_them_and_draws_squares(bucket
     task, _ = examples(bucketed, tmp_path, 0, batch_size=4)
     val = task.encoded.val
     assert len(np.unique(val.bucket)) > 1
-    judged = [moments for batch in task.encoded.judged(100, 4, 0) for moments in batch["moments"]]
+    judged = [moments for batch in task.encoded.judged(100) for moments in batch["moments"]]
     assert len(judged) == len(val)
     for index in range(len(val)):
         own = val.view(index, 0)
         assert sum(own.shape == other.shape and torch.equal(own, other) for other in judged) == 1
+
+
+def test_pictures_of_buckets_are_trained_on_one_by_one_too(bucketed: Path, tmp_path: Path) -> None:
+    assert train_unet.plan(config(TrainUnetConfig, bucketed, tmp_path / "r", batch_size=1))["steps"].endswith(
+        "of 1 images"
+    )
+
+
+def test_the_noise_that_a_picture_is_judged_with_is_its_own(bucketed: Path, tmp_path: Path) -> None:
+    """Neither the seed nor how many are held at once changes it."""
+    found = []
+    for given in ({"batch_size": 4, "micro_batch_size": 1}, {"batch_size": 4, "seed": 1}):
+        task, _ = examples(bucketed, tmp_path, 0, **given)
+        batches = list(task.encoded.judged(100))
+        assert max(len(batch["noise"]) for batch in batches) == task.config.held
+        found.append(
+            [[rows[row] for rows in batch.values()] for batch in batches for row in range(len(batch["noise"]))]
+        )
+    assert len(found[0]) == len(found[1])
+    assert all(torch.equal(a, b) for one, other in zip(*found, strict=True) for a, b in zip(one, other, strict=True))
 
 
 def test_a_batch_beyond_every_bucket_is_refused_and_small_buckets_are_said(
@@ -330,6 +350,18 @@ def test_a_unet_of_another_width_is_refused(latents: Path, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"wants latents of 8 channels, and .* has 4; encode with"):
         train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r", model=model))
     assert not (tmp_path / "r").exists()
+
+
+def test_what_a_given_unet_keeps_is_not_asked_to_be_otherwise(latents: Path, tmp_path: Path) -> None:
+    sizes = {"block_out_channels": (32, 64), "attention_head_dim": (1, 2)}
+    model = saved_unet(tmp_path / "model", cross_attention_dim=16, **sizes)
+    own = {"channels": (32, 64), "attention": (False, True)}
+    for name, other in (("objective", "v"), ("layers", 2), ("head_width", 16), ("channels", (32, 32))):
+        with pytest.raises(
+            ConfigError, match=rf"^{name} is for a new U-Net, and that of .* keeps its own; leave it out"
+        ):
+            examples(latents, tmp_path, 0, model=model, **own | {name: other})
+    examples(latents, tmp_path, 0, model=model, **own, objective="flow", layers=1, head_width=32)
 
 
 def test_a_unet_that_predicts_something_else_is_refused(latents: Path, tmp_path: Path) -> None:

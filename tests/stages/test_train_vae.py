@@ -48,6 +48,22 @@ def test_samples_show_pictures_above_their_reconstructions(vae: Path, data: Path
     assert torch.equal(first.permute(2, 0, 1), ((pixels + 1) * 127.5).round().long())
 
 
+@torch.no_grad()
+def test_no_more_pictures_are_judged_at_once_than_are_trained_on(data: Path, tmp_path: Path) -> None:
+    found, sheets = [], []
+    for most in (8, 3):
+        torch.manual_seed(0)
+        task = train_vae.TrainVae(config(TrainVaeConfig, data, tmp_path / "r", micro_batch_size=most))
+        counts: list[int] = []
+        task.vae.encoder.register_forward_pre_hook(lambda _, given, counts=counts: counts.append(len(given[0])))
+        found.append(task.validate(tmp_path))
+        sheets.append((tmp_path / "reconstructions.png").read_bytes())
+        assert sum(counts) == len(task.val) > 3
+        assert max(counts) == min(most, len(task.val))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert Image.open(tmp_path / "reconstructions.png").size == (min(len(task.val), train_vae.SHOWN) * SIDE, 2 * SIDE)
+
+
 def test_figures_are_of_reconstructions(vae: Path) -> None:
     figures = read_json(vae / "manifest.json")["validation"]
     assert set(figures) == {"loss", "l1", "l2", "psnr"}

@@ -291,10 +291,14 @@ def test_a_run_is_not_opened_by_another_stage(tmp_path: Path) -> None:
         Run.open(tmp_path / "r", encode, PARENTS)
 
 
-def test_settings_that_do_not_change_the_result_may_differ_and_are_kept(tmp_path: Path) -> None:
-    Run.open(tmp_path / "r", vae(), PARENTS)
-    Run.open(tmp_path / "r", vae(workers=3, images=200_000), PARENTS)
-    assert read_json(tmp_path / "r" / "config.json")["images"] == 200_000
+def test_settings_that_do_not_change_the_result_may_differ_and_are_kept_once_work_begins(tmp_path: Path) -> None:
+    first = Run.open(tmp_path / "r", vae(), PARENTS)
+    before = tree(tmp_path)
+    more = vae(workers=3, images=200_000)
+    assert Run.open(tmp_path / "r", more, PARENTS) == first
+    assert tree(tmp_path) == before
+    with first.work(more):
+        assert read_json(tmp_path / "r" / "config.json")["images"] == 200_000
 
 
 def test_what_a_run_of_an_older_version_does_not_say_was_as_the_default_is(tmp_path: Path) -> None:
@@ -305,8 +309,8 @@ def test_what_a_run_of_an_older_version_does_not_say_was_as_the_default_is(tmp_p
     with pytest.raises(RunError, match=r"other settings \(layers\)"):
         Run.open(tmp_path / "r", vae(layers=2), PARENTS)
     assert read_json(file) == known
-    Run.open(tmp_path / "r", vae(), PARENTS)
-    assert read_json(file)["layers"] == 1
+    with Run.open(tmp_path / "r", vae(), PARENTS).work(vae()):
+        assert read_json(file)["layers"] == 1
 
 
 def test_a_run_may_be_moved(tmp_path: Path) -> None:
@@ -335,6 +339,44 @@ def test_a_run_killed_while_it_was_opened_is_opened(tmp_path: Path) -> None:
     Run.open(tmp_path, vae(), PARENTS)
     (tmp_path / "manifest.json").unlink()
     assert Run.open(tmp_path, vae(), PARENTS).manifest == {"parents": PARENTS}
+
+
+def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, vae(), PARENTS)
+    before = tree(tmp_path)
+    put(tmp_path, {"cache/.moments.npy.1.partial": "half", ".model.2.partial/vae/.x.2.partial": "half"})
+    with run.work(vae()):
+        assert {n: t for n, t in tree(tmp_path).items() if n != ".lock"} == before
+        assert not (tmp_path / ".model.2.partial").exists()
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from limner.artifacts import Run
+from limner.config import TrainVaeConfig
+
+folder = Path(sys.argv[1])
+with Run(folder).work(TrainVaeConfig(data="d", out="r")):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@posix
+def test_two_processes_do_not_work_in_one_folder_and_a_kill_lets_go_of_it(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "r", vae(), PARENTS)
+    with subprocess.Popen([sys.executable, "-c", WORKER, run.folder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        before = tree(tmp_path)
+        with pytest.raises(RunError, match=r"^Another process is at work in .*r; .*\.$"), run.work(vae(workers=3)):
+            pass
+        assert tree(tmp_path) == before
+        process.send_signal(signal.SIGKILL)
+    for _ in range(2):  # and so does the end of the work
+        with run.work(vae()):
+            pass
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json"])

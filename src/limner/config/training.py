@@ -57,7 +57,7 @@ class TrainConfig(StageConfig):
     """Gradients longer than this are scaled down to it."""
     ema_halflife: float = Field(default=2_000, ge=0)
     """Half-life, in images, of the weight average that is saved as the result; 0 saves the last weights."""
-    seed: Annotated[int, FLAG] = 0
+    seed: Annotated[int, FLAG, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, order, augmentation, noise and noise levels."""
     precision: Annotated[Literal["fp32", "bf16"], FLAG] = "fp32"
     """Arithmetic of the networks; master weights are always fp32."""

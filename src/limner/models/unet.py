@@ -37,6 +37,19 @@ def new(config: TrainUnetConfig, *, side: int, latent_channels: int, state_width
     )
 
 
+def settings_of(unet: Any) -> dict[str, Any]:
+    """What of the settings `new` would be given for a U-Net of these sizes; one that they can't express has None."""
+    channels = tuple(unet.config["block_out_channels"])
+    heads = unet.config["attention_head_dim"]
+    widths = {c // h for c, h in zip(channels, heads if isinstance(heads, list | tuple) else [heads] * len(channels))}
+    return {
+        "channels": channels,
+        "layers": unet.config["layers_per_block"],
+        "attention": tuple("Attn" in name for name in unet.config["down_block_types"]),
+        "head_width": widths.pop() if len(widths) == 1 else None,
+    }
+
+
 def with_guidance(unet: Any) -> Any:
     """A copy of a U-Net that takes the guidance scale as an input, and answers as it did until it has learned to."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel

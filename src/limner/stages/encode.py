@@ -86,7 +86,17 @@ def run(config: EncodeConfig) -> Path:
     if run.finished:
         print(f"Nothing to do: {run.folder} is finished, with these encoders and settings.")
         return run.folder
-    cache = run.folder / "cache"
+    with run.work(config):
+        _write_cache(config, encoders, splits, run.folder / "cache")
+        text = TextFacts.of(encoders.text_encoder.config.to_dict(), encoders.tokenizer)
+        pictures = {split: len(records) for split, records in splits.items()}
+        # `assemble` asks what the U-Net was trained on
+        run.finish(started=started, pictures=pictures, text=asdict(text))
+    print(run.folder / "cache")
+    return run.folder
+
+
+def _write_cache(config: EncodeConfig, encoders: Encoders, splits: dict[Split, list[Record]], cache: Path) -> None:
     for split, records in splits.items():
         buckets = _buckets(config, split, records)
         for bucket in buckets:
@@ -99,11 +109,6 @@ def run(config: EncodeConfig) -> Path:
         captions = [caption for record in records for caption in record.captions]
         _encode_captions(config, encoders, captions, cache / split / "states.npy", f"{split} captions")
     _encode_captions(config, encoders, [""], cache / "empty.npy", "empty prompt")
-    text = TextFacts.of(encoders.text_encoder.config.to_dict(), encoders.tokenizer)
-    pictures = {split: len(records) for split, records in splits.items()}
-    run.finish(started=started, pictures=pictures, text=asdict(text))  # `assemble` asks what the U-Net was trained on
-    print(cache)
-    return run.folder
 
 
 def plan(config: EncodeConfig) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class TrainDistill:
     def __init__(self, config: TrainDistillConfig) -> None:
         """Raises ConfigError, DataError or ModelError."""
         self.config = config
-        self.encoded = Encoded(config.data, config.sample_prompts)
+        self.encoded = Encoded(config.data, config.sample_prompts, at_once=config.held)
         self.teacher = loading.load_unet(config.model).requires_grad_(False).eval()
         self.encoded.refuse_misfit(self.teacher, config.model)
         self.encoded.refuse_other_vae(config.model)
@@ -58,7 +58,7 @@ class TrainDistill:
         self.network: Any = unet.with_guidance(self.teacher)
         self.width = int(self.network.config["time_cond_proj_dim"])
         self.parents = {"data": self.encoded.identity, "model": loading.identity(config.model, "unet")}
-        self.facts = {"text": self.encoded.text}  # which text encoder it reads, which `assemble` asks
+        self.facts = self.encoded.facts
         self.rates: dict[str, float] = {}
         self.stream = self.encoded.stream(config, self._example)
 
@@ -115,8 +115,9 @@ class TrainDistill:
         device = next(self.network.parameters()).device
         low, high = self.config.guidance
         scale = min(max(GUIDANCE, low), high)
-        missed = spread = 0.0
-        for batch in self.encoded.judged(JUDGED, self.config.batch_size, self.config.seed):
+        student: list[Tensor] = []
+        teacher: list[Tensor] = []
+        for batch in self.encoded.judged(JUDGED):
             here = {name: value.to(device) for name, value in batch.items()}
             noise, states = here["noise"], here["states"]
             here["guidance"] = torch.full([len(noise)], scale, device=device)
@@ -125,12 +126,13 @@ class TrainDistill:
             for _ in range(self.config.steps):
                 wanted = self._landed(wanted, places, here)
                 places = places + self.config.substeps
-            missed += (drawn - wanted).square().sum().item()
-            spread += (wanted - wanted.mean()).square().sum().item()
+            student.append(drawn.flatten())  # since buckets differ in shape
+            teacher.append(wanted.flatten())
         self.encoded.save_samples(
             samples / "drawn.png", self.network, self.scheduler, steps=self.config.steps, guidance=scale
         )
-        return {"loss": missed / spread}
+        own, other = torch.cat(student), torch.cat(teacher)
+        return {"loss": ((own - other).square().mean() / other.var(correction=0)).item()}
 
     def save(self, folder: Path) -> None:
         """Write `folder/unet` and `folder/scheduler`."""

@@ -53,7 +53,8 @@ class TrainUnet:
     def __init__(self, config: TrainUnetConfig) -> None:
         """Raises ConfigError, DataError or ModelError."""
         self.config = config
-        self.encoded = Encoded(config.data, config.sample_prompts, aligned=config.align_weight > 0)
+        aligned = config.align_weight > 0
+        self.encoded = Encoded(config.data, config.sample_prompts, aligned=aligned, at_once=config.held)
         self.parents = {"data": self.encoded.identity}
         if config.model is None:
             channels, side, _ = self.encoded.shape
@@ -64,6 +65,7 @@ class TrainUnet:
             self.scheduler = loading.load_scheduler(config.model)
             self.unet = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
+            self._refuse_other_kind(config.model)
             self.encoded.refuse_misfit(self.unet, config.model)
             if isinstance(config, TrainLoraConfig) or config.tune != "full":  # else it may get used to other latents
                 self.encoded.refuse_other_vae(config.model)
@@ -82,7 +84,7 @@ class TrainUnet:
             self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)
         self.objective = schedulers.objective_of(self.scheduler)
         self.betas = getattr(self.scheduler, "betas", None)
-        self.facts = {"text": self.encoded.text}  # which text encoder it reads, which `assemble` asks
+        self.facts = self.encoded.facts
         self.rates: dict[str, float] = {}
         self.stream = self.encoded.stream(config, self._example)
         self.judge = None if config.judge is None else self._find_judge(config.judge)
@@ -100,9 +102,17 @@ class TrainUnet:
             raise DataError(f"No val picture of {self.config.data} has a caption to draw for the judge; leave it out.")
         return judge
 
+    def _refuse_other_kind(self, model: str) -> None:
+        """Raise ConfigError where the U-Net is given, and another size or objective is asked for."""
+        own = {"objective": schedulers.objective_of(self.scheduler), **unet.settings_of(self.unet)}
+        for name, value in own.items():
+            asked = getattr(self.config, name)
+            if asked not in (value, type(self.config).model_fields[name].default):
+                raise ConfigError(f"{name} is for a new U-Net, and that of {model} keeps its own; leave it out.")
+
     def _refuse_other_text(self, model: str) -> None:
         """Raise ModelError where a LoRA's model, which goes on reading its own text encoder, reads another one."""
-        text = gate.TextFacts(**(self.encoded.text or {}))
+        text = gate.TextFacts(**(self.encoded.facts["text"] or {}))
         gate.check(text, gate.wanted(model), clip=self.encoded.settings.clip, unet=model)
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:
@@ -136,19 +146,21 @@ class TrainUnet:
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the prediction, weighted by level where `min_snr` is set; and alignment."""
         errors, *mapped = self._answer(network, batch)  # (N,)
+        figures = {"error": errors.mean()}
+        total = figures["error"]
         if self.config.min_snr is not None:
-            errors = errors * objectives.min_snr(self.objective, *self._level(batch["t"]), self.config.min_snr)
-        if not mapped:
-            return errors.mean(), {}
-        figures = {"error": errors.mean(), "misaligned": misaligned(mapped[0], batch["features"]).mean()}
-        return figures["error"] + self.config.align_weight * figures["misaligned"], figures
+            total = (errors * objectives.min_snr(self.objective, *self._level(batch["t"]), self.config.min_snr)).mean()
+        if mapped:
+            figures["misaligned"] = misaligned(mapped[0], batch["features"]).mean()
+            total = total + self.config.align_weight * figures["misaligned"]
+        return total, figures
 
     def validate(self, samples: Path) -> dict[str, float]:
         """The loss on fixed val pictures, noise and levels, by level and unweighted; draws pictures."""
         device = next(self.network.parameters()).device
         sums = dict.fromkeys(LEVELS, 0.0)
         count = 0
-        for fixed in self.encoded.judged(JUDGED, self.config.batch_size, self.config.seed):
+        for fixed in self.encoded.judged(JUDGED):
             here = {name: value.to(device) for name, value in fixed.items()}
             size = len(here["states"])
             count += size

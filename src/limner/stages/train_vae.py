@@ -135,9 +135,8 @@ class TrainVae:
                 figures[name] = figures.get(name, 0) + share * value
         mean, logvar = seen.moments.chunk(2, dim=1)
         figures["kl"] = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        total = figures["l1"] + config.l2_weight * figures["l2"] + config.kl_weight * figures["kl"]
-        if self.perceptual is not None:
-            total = total + config.perceptual_weight * figures["perceptual"]
+        figures["error"] = self._weighed(figures)
+        total = figures["error"] + config.kl_weight * figures["kl"]
         if seen.contested is not None:
             figures["critic"], figures["adversarial"] = seen.contested
             total = total + figures["critic"] + config.adversarial_weight * figures["adversarial"]
@@ -150,13 +149,18 @@ class TrainVae:
             figures["perceptual"] = self.perceptual.to(pixels.device)(again, pixels)
         return figures
 
+    def _weighed(self, distances: dict[str, Any]) -> Any:
+        """The distances in one, as training and validation both count them."""
+        perceptual = self.config.perceptual_weight * distances.get("perceptual", 0.0)
+        return distances["l1"] + self.config.l2_weight * distances["l2"] + perceptual
+
     def validate(self, samples: Path) -> dict[str, float]:
         """L1, PSNR in dB and perceptual distance on val pictures; draws some above their reconstructions."""
         device = next(self.network.parameters()).device
         sums: dict[str, float] = {}
         shown: list[Tensor] = []
-        for start in range(0, len(self.val), self.config.batch_size):
-            records = self.val[start : start + self.config.batch_size]
+        for start in range(0, len(self.val), self.config.held):
+            records = self.val[start : start + self.config.held]
             pixels = torch.stack([load_pixels(r.path, self.config.size) for r in records]).to(device)
             moments = vaes.encode(self.vae, pixels)
             again = self.vae.decode(moments.chunk(2, dim=1)[0], return_dict=False)[0].clamp(-1, 1)
@@ -165,13 +169,12 @@ class TrainVae:
             figures["psnr"] = (10 * torch.log10(4 / squared)).mean()  # the range of pixels is 2
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(records)
-            if start == 0:
-                shown = [pixels[:SHOWN], again[:SHOWN]]
-        save_grid(torch.cat(shown), samples / "reconstructions.png", columns=len(shown[0]))
+            if start < SHOWN:
+                shown.append(torch.stack([pixels, again]))  # (2, n, 3, H, W)
+        pairs = torch.cat(shown, dim=1)[:, :SHOWN]
+        save_grid(pairs.flatten(0, 1), samples / "reconstructions.png", columns=pairs.shape[1])
         means = {name: value / len(self.val) for name, value in sums.items()}
-        weight = self.config.perceptual_weight
-        loss = means["l1"] + self.config.l2_weight * means["l2"] + weight * means.get("perceptual", 0.0)
-        return {"loss": loss, **means}
+        return {"loss": self._weighed(means), **means}
 
     def save(self, folder: Path) -> None:
         """Write `folder/vae`; a new one's latents are brought to zero mean and unit deviation.
@@ -190,8 +193,8 @@ class TrainVae:
         rng = np.random.default_rng(self.config.seed)
         drawn = []
         records = self.train[:MEASURED]
-        for start in range(0, len(records), self.config.batch_size):
-            batch = records[start : start + self.config.batch_size]
+        for start in range(0, len(records), self.config.held):
+            batch = records[start : start + self.config.held]
             pixels = torch.stack([load_pixels(r.path, self.config.size) for r in batch]).to(device)
             noise = torch.stack([self._noise(rng) for _ in batch]).to(device)
             drawn.append(vaes.sample(vaes.encode(self.vae, pixels), noise))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from limner.artifacts import PARTIAL, atomic_folder, sha256
+from limner.artifacts import atomic_folder, sha256, write_text
 from limner.errors import ModelError, RunError
 from limner.training.average import WeightAverage
 from limner.training.optimizers import COUNTS, TABLES
@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 
 TENSORS, FACTS = "state.safetensors", "state.json"
 BEST = "best"
+NEWEST = "newest"  # a file with the name of the checkpoint that was written last
 OVERFIT = 3  # validations in a row at which the losses of validation and training drew apart
-DAMAGE = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)  # what reading it may raise
+DAMAGE = (FileNotFoundError, ValueError, TypeError, LookupError, SafetensorError)
+"""What reading a damaged checkpoint may raise; a lack of memory or of rights says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Facts:
     steps: int = 0
     """Steps since the latest validation."""
     summed: float = 0.0
-    """Sum of their training losses."""
+    """Sum of their training losses, as validation counts them."""
     trained: float | None = None
     """Mean training loss of the steps before the latest validation, back to the one before it."""
     widening: int = 0
@@ -120,6 +122,7 @@ def save(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
         stored = {**asdict(facts), "sha256": sha256(partial / TENSORS)}
         (partial / FACTS).write_text(json.dumps(stored))
+    write_text(checkpoints / NEWEST, _folder(checkpoints, facts).name)
     tidy(checkpoints, keep, facts)
 
 
@@ -132,11 +135,13 @@ def tidy(checkpoints: Path, keep: int, facts: Facts) -> None:
     which would leave `best` behind what the checkpoint says of it.
     """
     if facts.is_best:
-        with atomic_folder(checkpoints / BEST) as partial:  # hard links, no copy
-            shutil.copytree(_folder(checkpoints, facts), partial, copy_function=os.link, dirs_exist_ok=True)
+        with atomic_folder(checkpoints / BEST) as partial:
+            for file in _folder(checkpoints, facts).iterdir():
+                try:
+                    os.link(file, partial / file.name)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(file, partial / file.name)
     for folder in [p for p in numbered(checkpoints) if int(p.name) <= facts.images][:-keep]:
-        shutil.rmtree(folder)
-    for folder in checkpoints.glob(f".*{PARTIAL}"):  # of processes that were killed
         shutil.rmtree(folder)
 
 
@@ -145,9 +150,13 @@ def load_newest(
 ) -> Facts:
     """Load the newest checkpoint that is whole and return its facts; those of a beginning when there is none yet.
 
-    A damaged one is named in a warning and the one before it is taken. Raises RunError when all are damaged.
+    One that is damaged or gone is named in a warning and the one before it is taken. Raises RunError when all are
+    damaged.
     """
     found = numbered(checkpoints)
+    newest = checkpoints / NEWEST
+    if newest.exists() and newest.read_text() not in [folder.name for folder in found]:
+        log.warning("The checkpoint %s is gone; trying the one before it.", checkpoints / newest.read_text())
     for folder in reversed(found):
         try:
             return _load(folder, network, average, optimizer)

@@ -33,13 +33,18 @@ BF16 = 2.0**-7  # what storing a weight in bf16 may change it by, as a share
 class Encoded:
     """A run of `limner encode`, its train and its val pictures."""
 
-    def __init__(self, folder: Path, sample_prompts: Sequence[str], *, aligned: bool = False) -> None:
+    def __init__(
+        self, folder: Path, sample_prompts: Sequence[str], *, aligned: bool = False, at_once: int = AT_ONCE
+    ) -> None:
         """`sample_prompts` are drawn beside val captions; `aligned` examples have features of their views.
+
+        At most `at_once` pictures are judged or drawn at a time.
 
         Raises DataError where it can't be trained on.
         """
         self.folder = folder
         self.aligned = aligned
+        self.at_once = min(at_once, AT_ONCE)
         self.train, self.val = LatentCache(folder, "train"), LatentCache(folder, "val")
         if not len(self.val):
             raise DataError(f"{folder} has no pictures in its val split; encode a dataset with some.")
@@ -50,7 +55,9 @@ class Encoded:
         self.prompt_states, self.empty = self._prompt_states(sample_prompts)  # (P, L, D), (1, L, D)
         side = self.settings.size // vaes.factor(self.vae_config)
         self.shape = (len(self.train.view(0, 0)) // 2, side, side)  # of what is drawn
-        self.text: dict[str, Any] | None = read_json(folder / "manifest.json").get("text")
+        manifest = read_json(folder / "manifest.json")
+        # For the manifest of a training: which text encoder its U-Net reads, and of which VAE its latents are
+        self.facts: dict[str, Any] = {"text": manifest.get("text"), "vae": manifest["parents"]["vae"]}
         self.identity = identity(folder / "cache", "*")
 
     def _refuse_stale(self) -> None:
@@ -89,9 +96,18 @@ class Encoded:
     def refuse_other_vae(self, model: str) -> None:
         """Raise ModelError where `model` has another VAE than the cache is of, whatever precision it is stored in.
 
-        For trainings after which the model goes on drawing latents for its own.
+        Or where it is a run that was trained on latents of another. For trainings after which the model goes on drawing
+        latents for its own.
         """
-        if "vae" not in loading.parts_in(loading.resolve(model)):
+        root = loading.resolve(model)
+        if "vae" not in loading.parts_in(root):
+            manifest = root / "manifest.json"
+            known = loading.read_config(manifest).get("vae") if manifest.is_file() else None
+            if known not in (None, self.facts["vae"]):
+                raise ModelError(
+                    f"{self.folder} has latents of the VAE {self.settings.vae}, and {model} was trained on latents of "
+                    "another; encode with that one."
+                )
             return
         cached, its = (loading.load_vae(ref).state_dict() for ref in (self.settings.vae, model))
         if cached.keys() != its.keys() or not all(
@@ -142,25 +158,30 @@ class Encoded:
         """Latents of a batch with `moments` (N, 2C, h, w) and `draw` (N, C, h, w) -> (N, C, h, w)."""
         return vaes.to_latents(self.vae_config, vaes.sample(batch["moments"], batch["draw"]))
 
-    def judged(self, most: int, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        """The first val pictures with fixed noise, in batches of one bucket, as examples are but for their view."""
-        rng = np.random.default_rng(seed)
+    def judged(self, most: int) -> Iterator[dict[str, Tensor]]:
+        """The first val pictures, each with noise of its own, in batches of one bucket; examples but for their view."""
         buckets = self.val.bucket[:most]
         for bucket in np.unique(buckets):
             indices = np.flatnonzero(buckets == bucket).tolist()
-            for start in range(0, len(indices), batch_size):
-                chosen = indices[start : start + batch_size]
-                seen = default_collate([self.val.shown(index, 0) for index in chosen])
-                noise, draw = (draw_noise(self.latent_shape(seen["moments"]), rng) for _ in range(2))
-                states = [self.val.states(index, 0 if self.val.captions[index] else None) for index in chosen]
-                yield {**seen, "states": torch.stack(states), "noise": noise, "draw": draw}
+            for start in range(0, len(indices), self.at_once):
+                yield default_collate([self._judged(index) for index in indices[start : start + self.at_once]])
+
+    def _judged(self, index: int) -> Example:
+        seen, rng = self.val.shown(index, 0), np.random.default_rng(index)
+        noise, draw = (draw_noise(self.latent_shape(seen["moments"]), rng) for _ in range(2))
+        return {
+            **seen,
+            "states": self.val.states(index, 0 if self.val.captions[index] else None),
+            "noise": noise,
+            "draw": draw,
+        }
 
     def draw(self, unet: Any, scheduler: Any, states: Tensor, *, steps: int, guidance: float) -> Tensor:
         """Latents for each of token states (N, L, D), with a seed of its own -> (N, C, h, w)."""
         device = next(unet.parameters()).device
         noise = initial_noise(range(len(states)), self.shape)
         latents = []
-        for some, own in zip(noise.split(AT_ONCE), states.to(device).split(AT_ONCE)):
+        for some, own in zip(noise.split(self.at_once), states.to(device).split(self.at_once)):
             empty = self.empty.to(device).expand_as(own)
             drawn = denoise(
                 unet, scheduler, some.to(device), own, steps=steps, guidance=guidance, negative_states=empty
@@ -171,7 +192,7 @@ class Encoded:
     def decoded(self, latents: Tensor) -> Tensor:
         """Latents (N, C, h, w) -> pixels (N, 3, H, W), about [-1, 1]."""
         vae = loading.load_vae(self.settings.vae).to(latents.device)  # read for this, and not held while training
-        return torch.cat([vaes.decode(vae, some) for some in latents.split(AT_ONCE)])
+        return torch.cat([vaes.decode(vae, some) for some in latents.split(self.at_once)])
 
     def save_samples(self, path: Path, unet: Any, scheduler: Any, *, steps: int, guidance: float) -> None:
         """Draw the sample prompts and val captions, each with a seed of its own, in one picture."""

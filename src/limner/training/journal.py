@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ class Journal:
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # which would make a run of its own of them
                 tracker.store_init_configuration(plain)
+        if accelerator.is_main_process and self.file.exists():
+            os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)  # of a line that a kill cut nothing is left
         self.started: tuple[float, int] | None = None
 
     def write(self, seen: int, figures: dict[str, Any]) -> None:
@@ -54,5 +58,6 @@ class Journal:
             values["peak_memory_mb"] = peak / 1e6
         self.accelerator.log(values, step=seen)
         if self.accelerator.is_main_process:
+            known = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"images": seen, "seconds": round(now - began, 1), **values}) + "\n")
+                file.write(json.dumps({"images": seen, "seconds": round(now - began, 1), **known}) + "\n")

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,8 +46,10 @@ def run_training(make: Callable[[C], Task], config: C) -> Path:
     run = on_main(accelerator, Run.open, config.out, config, task.parents)
     said = on_main(accelerator, _nothing_to_do, run, config)
     if said is None:
-        facts = _train(task, config, run, accelerator)
-        on_main(accelerator, run.finish, started=started, **facts, **task.facts)
+        with ExitStack() as stack:
+            on_main(accelerator, stack.enter_context, run.work(config))
+            facts = _train(task, config, run, accelerator)
+            on_main(accelerator, run.finish, started=started, **facts, **task.facts)
         said = str(run.model)
     if accelerator.is_main_process:
         print(said)
@@ -132,7 +134,8 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
     Need.of(task, config, accelerator).warn(config, accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
     average = WeightAverage(task.network, config.ema_halflife)
-    facts = checkpoints.load_newest(run.checkpoints, task.network, average, optimizer)
+    with memory.shortage(config, accelerator):  # the optimiser's state comes with it
+        facts = checkpoints.load_newest(run.checkpoints, task.network, average, optimizer)
     network = accelerator.prepare(task.network)  # for which processes meet, so that none still reads what is tidied
     on_main(accelerator, checkpoints.tidy, run.checkpoints, config.keep_checkpoints, facts)
     if config.compile:
@@ -158,18 +161,19 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
             figures = accelerator.reduce(figures, "mean")
             for name in ("loss", "gradient"):
                 _refuse_nan(name, figures[name].item(), seen, config)
-            facts = facts.trained_on(config.batch_size, figures["loss"].item())
+            facts = facts.trained_on(config.batch_size, figures.get("error", figures["loss"]).item())
             average.update(config.batch_size, facts.images, optimizers.reached(optimizer, average.parameters))
             advance(config.batch_size)
 
             if _due(config.log_every, seen, facts, config):
                 journal.write(facts.images, {**figures, "lr": rate})
             if _due(config.validate_every, seen, facts, config):
-                validation = on_main(accelerator, _validate, task, average, run.samples / f"{facts.images:09d}")
+                samples = run.samples / f"{facts.images:09d}"
+                validation = on_main(accelerator, _validate, task, average, samples, config, accelerator)
+                _refuse_nan("validation loss", validation["loss"], facts.images, config)
                 before, facts = facts, facts.judged(validation, config.counted)
                 judged = {f"validation/{name}": value for name, value in validation.items()}
                 journal.write(facts.images, judged if facts.gap is None else {**judged, "gap": facts.gap})
-                _refuse_nan("validation loss", validation["loss"], facts.images, config)
                 if accelerator.is_main_process:
                     _warn_of_overfitting(before, facts, config)
             if facts.is_best or _due(config.checkpoint_every, seen, facts, config):
@@ -241,10 +245,12 @@ def _warn_of_overfitting(before: Facts, facts: Facts, config: TrainConfig) -> No
         )
 
 
-def _validate(task: Task, average: WeightAverage, samples: Path) -> dict[str, float]:
+def _validate(
+    task: Task, average: WeightAverage, samples: Path, config: TrainConfig, accelerator: Accelerator
+) -> dict[str, float]:
     samples.mkdir(parents=True, exist_ok=True)
     task.network.eval()
-    with average.applied(), torch.no_grad():
+    with average.applied(), torch.no_grad(), memory.shortage(config, accelerator):
         figures = task.validate(samples)
     task.network.train()
     return figures

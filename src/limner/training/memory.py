@@ -43,13 +43,15 @@ class Need:
 
     @classmethod
     def of(cls, task: Task, config: TrainConfig, accelerator: Accelerator) -> Self:
-        """Count what is on the device, and measure the activations of one and of two images, of which more are made.
+        """Count what is on the device, and measure the activations of an image, alone and twice; more are made of that.
 
         The network must have been placed. No weight and no buffer moves.
         """
         parameters = list(task.network.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        one, two = (_kept(task, images, config, accelerator) for images in (1, 2))
+        batch = next(task.stream.batches(0, 1, 1))
+        twice = {name: torch.cat([value, value]) for name, value in batch.items()}
+        one, two = (_kept(task, images, config, accelerator) for images in (batch, twice))
         activations = one + (held(config, accelerator) - 1) * max(two - one, 0)
         frozen = sum(p.numel() for p in parameters) - trained
         return cls(4 * trained, 4 * frozen, STATE[config.optimizer] * trained, activations)
@@ -153,8 +155,8 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def _kept(task: Task, images: int, config: TrainConfig, accelerator: Accelerator) -> int:
-    """Bytes of all that autograd keeps from the loss of so many images to its gradient, weights apart."""
+def _kept(task: Task, batch: dict[str, Tensor], config: TrainConfig, accelerator: Accelerator) -> int:
+    """Bytes of all that autograd keeps from the loss of a batch to its gradient, weights apart."""
     weights = {p.untyped_storage().data_ptr() for p in task.network.parameters()}
     kept: dict[int, int] = {}
 
@@ -163,7 +165,6 @@ def _kept(task: Task, images: int, config: TrainConfig, accelerator: Accelerator
         kept[storage.data_ptr()] = storage.nbytes()  # once, however many views of it there are
         return tensor
 
-    batch = next(task.stream.batches(0, images, images))
     with _buffers_kept(task.network), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value, _ = loss(task, task.network, batch, config=config, accelerator=accelerator)
     del value  # until here its graph held what was counted

@@ -37,7 +37,10 @@ class Task(Protocol):
     """Shares of the learning rate by parameter's name, where they are not 1."""
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise, above zero, and figures worth logging; `batch` is this process's share."""
+        """The scalar to minimise, above zero, and figures worth logging; `batch` is this process's share.
+
+        Where validation counts otherwise, as without weights, `error` among the figures is the loss as it would.
+        """
 
     def validate(self, samples: Path) -> dict[str, float]:
         """Judge the network as it is, and write pictures to look at.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from limner.config import TrainConfig
 from limner.errors import RunError
 from limner.training import checkpoints, optimizers
 from limner.training.average import WeightAverage
-from limner.training.checkpoints import BEST, FACTS, TENSORS, Facts, load_best, load_newest, tidy
+from limner.training.checkpoints import BEST, FACTS, NEWEST, TENSORS, Facts, load_best, load_newest, tidy
 from trainings import config
 
 State = tuple[nn.Module, WeightAverage, torch.optim.Optimizer]
@@ -125,13 +126,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert [r.getMessage() for r in caplog.records if "000000016 is damaged" in r.getMessage()]
 
 
-def test_where_the_newest_is_gone_the_one_before_it_is_taken(tmp_path: Path) -> None:
+def test_where_the_newest_is_gone_that_is_said_and_the_one_before_it_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     saved = save(tmp_path, 8)
     save(tmp_path, 16)
+    assert load_newest(tmp_path, *state(1)) == facts(16)
+    assert caplog.messages == []
     shutil.rmtree(tmp_path / "000000016")
     other = state(1)
     assert load_newest(tmp_path, *other) == facts(8)
     assert same(saved, other)
+    assert [message for message in caplog.messages if "000000016 is gone" in message]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "I/O"), torch.OutOfMemoryError])
+def test_what_hinders_reading_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | type[Exception]
+) -> None:
+    def hindered(_: Path) -> NoReturn:
+        raise error
+
+    save(tmp_path, 8, best_at=8)
+    monkeypatch.setattr(checkpoints, "load_file", hindered)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        load_newest(tmp_path, *state(0))
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        load_best(tmp_path, *state(0)[:2])
 
 
 def test_a_checkpoint_of_an_older_version_is_taken(tmp_path: Path) -> None:
@@ -161,7 +182,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
     saved = {}
     for images in (8, 16, 24, 1_000_000_000):  # the last name is longer than the others
         saved[images] = save(tmp_path, images, best_at=min(images, 16), keep=2)
-    assert names(tmp_path) == ["000000024", "1000000000", BEST]
+    assert names(tmp_path) == ["000000024", "1000000000", BEST, NEWEST]
     network, average, _ = state(1)
     assert load_best(tmp_path, network, average) == facts(16, best_at=16)
     for one, other in ((saved[16][0].state_dict(), network.state_dict()), (saved[16][1].state(), average.state())):
@@ -173,6 +194,15 @@ def test_the_best_is_no_second_copy_on_disk(tmp_path: Path) -> None:
     assert (tmp_path / BEST / TENSORS).samefile(tmp_path / "000000008" / TENSORS)
 
 
+def test_without_hard_links_the_best_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(one: Path, other: Path) -> NoReturn:
+        raise PermissionError(1, "Operation not permitted", one, None, other)  # as FAT says it
+
+    monkeypatch.setattr("os.link", no_links)
+    save(tmp_path, 8, best_at=8)
+    assert load_best(tmp_path, *state(1)[:2]) == facts(8, best_at=8)
+
+
 @pytest.mark.parametrize("best", [None, 8])
 def test_a_kill_before_the_best_was_kept_is_mended(tmp_path: Path, best: int | None) -> None:
     """As it lies there between the writing of a checkpoint and that of `best`, which is missing or an older one."""
@@ -180,10 +210,9 @@ def test_a_kill_before_the_best_was_kept_is_mended(tmp_path: Path, best: int | N
         save(tmp_path, best, best_at=best)
     save(tmp_path, 16, best_at=2)
     (tmp_path / "000000016" / FACTS).write_text(json.dumps(asdict(facts(16, best_at=16))))
-    (tmp_path / ".best.123.partial").mkdir()
     tidy(tmp_path, 1, load_newest(tmp_path, *state(1)))
     assert (tmp_path / BEST / TENSORS).samefile(tmp_path / "000000016" / TENSORS)
-    assert names(tmp_path) == ["000000016", BEST]
+    assert names(tmp_path) == ["000000016", BEST, NEWEST]
 
 
 def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import pytest
 from accelerate.tracking import get_available_trackers
@@ -45,6 +46,26 @@ def test_without_trackers_events_are_left(tmp_path: Path) -> None:
     run = run_summing(settings(tmp_path / "r", trackers=()))
     assert not (run / "tensorboard").exists()
     assert [line["images"] for line in lines(run) if "loss" in line] == [8, 16, 24, 32]
+
+
+class Endless(Summing):
+    """A figure of its validation is infinite, as the PSNR of a perfect picture is."""
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        return {**super().validate(samples), "psnr": math.inf}
+
+
+def test_every_line_is_json_after_a_line_that_was_cut_too(tmp_path: Path) -> None:
+    def no_json(constant: str) -> NoReturn:
+        raise ValueError(constant)
+
+    run = run_training(Endless, settings(tmp_path / "r", images=16))
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"images": 24, "lo')
+    run_training(Endless, settings(tmp_path / "r", images=32))
+    found = [json.loads(line, parse_constant=no_json) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in found if "loss" in line] == [8, 16, 24, 32]
+    assert [line["validation/psnr"] for line in found if "validation/psnr" in line] == [None, None]
 
 
 @pytest.mark.skipif(not MISSING, reason="every tracker is installed")

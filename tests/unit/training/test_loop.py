@@ -54,8 +54,8 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 def test_a_run_leaves_what_was_promised(finished: Path) -> None:
     names = {"config.json", "manifest.json", "events.jsonl", "checkpoints", "samples", "model", "tensorboard"}
-    assert {p.name for p in finished.iterdir()} == names
-    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"000000016", "000000032", "best"}
+    assert {p.name for p in finished.iterdir()} == names | {".lock"}
+    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"000000016", "000000032", "best", "newest"}
     assert {p.name for p in (finished / "samples").iterdir()} == {"000000016", "000000032"}
     manifest = read_json(finished / "manifest.json")
     assert manifest["images"] == 32
@@ -68,7 +68,7 @@ def test_figures_are_logged_as_often_as_asked(finished: Path) -> None:
     lines = events(finished)
     assert [line["images"] for line in lines if "loss" in line] == [8, 16, 24, 32]
     assert [line["images"] for line in lines if "validation/loss" in line] == [16, 32]
-    assert {"loss", "lr", "gradient", "error", "seconds"} <= set(lines[0])
+    assert {"loss", "lr", "gradient", "furthest", "seconds"} <= set(lines[0])
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates == pytest.approx([learning_rate(seen, settings(finished)) for seen in (0, 8, 16, 24)])
 
@@ -86,7 +86,7 @@ def test_the_best_checkpoint_is_the_best(tmp_path: Path) -> None:
     facts = read_json(run / "checkpoints" / "best" / "state.json")
     assert facts["images"] == min(losses, key=losses.__getitem__)
     assert facts["validation"]["loss"] == facts["best"] == min(losses.values())
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"000000080", "best"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"000000080", "best", "newest"}
 
 
 def test_the_result_is_the_average_and_training_goes_on_with_the_weights(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_killed_at_any_write_it_stops_at_the_same_place_with_the_same_best(tmp_p
         assert weights(run_summing(killed)) == weights(whole), f"killed before write {at_write}"
         again = load_file(killed.out / "checkpoints" / "best" / "state.safetensors")
         assert all(torch.equal(best[name], again[name]) for name in best)
-        assert {p.name for p in (killed.out / "checkpoints").iterdir()} == {"000000032", "best"}
+        assert {p.name for p in (killed.out / "checkpoints").iterdir()} == {"000000032", "best", "newest"}
         facts = [read_json(run / "checkpoints" / "000000032" / "state.json") for run in (whole, killed.out)]
         assert facts[0] == facts[1]
 
@@ -366,11 +366,12 @@ def test_a_damaged_checkpoint_costs_time_and_no_bit(
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sha256_folder(finished)
-    assert run_summing(settings(finished)) == finished
-    assert "Nothing to do" in capsys.readouterr().out
-    assert {name: h for name, h in sha256_folder(finished).items() if "tensorboard" not in name} == {
-        name: h for name, h in before.items() if "tensorboard" not in name
-    }
+    for images in (32, 16):
+        assert run_summing(settings(finished, images=images)) == finished
+        assert "Nothing to do" in capsys.readouterr().out
+        assert {name: h for name, h in sha256_folder(finished).items() if "tensorboard" not in name} == {
+            name: h for name, h in before.items() if "tensorboard" not in name
+        }
 
 
 def test_a_finished_run_goes_on_when_images_is_raised(tmp_path: Path) -> None:
@@ -417,7 +418,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(tmp_path
             run_training(Filling, chosen)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} == {"000000016", "best"}
+    assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} == {"000000016", "best", "newest"}
     assert not (tmp_path / "r" / "model").exists()
     again = run_training(Roomy, chosen)
     assert weights(again) == weights(run_training(Roomy, settings(tmp_path / "whole")))
@@ -529,6 +530,29 @@ def test_a_validation_that_is_nan_stops_the_run_too(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"The validation loss became nan after 16 images.*lower lr"):
         run_training(Blind, settings(tmp_path / "r"))
     assert not (tmp_path / "r" / "checkpoints").exists()
+    assert not [name for line in events(tmp_path / "r") for name in line if "validation" in name]
+
+
+class Weighted(Summing):
+    """Its loss in training is three times what validation counts."""
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        error, _ = super().loss(network, batch)
+        return 3 * error, {"error": error}
+
+
+def test_what_is_weighted_in_training_alone_is_not_taken_for_a_gap(tmp_path: Path) -> None:
+    run = run_training(Weighted, settings(tmp_path / "r", images=16))
+    *steps, last = events(run)
+    errors = [line["error"] for line in steps]
+    assert [line["loss"] for line in steps] == pytest.approx([3 * error for error in errors])
+    assert last["gap"] == pytest.approx(last["validation/loss"] - sum(errors) / len(errors))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match=r"^seed: input should be"):
+        settings(Path("r"), seed=seed)
 
 
 def test_other_settings_and_other_data_are_refused_by_name(tmp_path: Path) -> None:

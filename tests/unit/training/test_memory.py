@@ -143,6 +143,18 @@ def test_memory_that_ends_in_a_step_is_said_in_one_sentence_and_smaller_parts_go
     assert (run_training(Full, chosen.model_copy(update={"micro_batch_size": 2})) / "model").exists()
 
 
+class FullOfValidation(Summing):
+    """What a validation draws has no room."""
+
+    def validate(self, samples: Path) -> dict[str, float]:
+        raise torch.OutOfMemoryError
+
+
+def test_memory_that_ends_in_a_validation_is_said_in_one_sentence_too(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"not suffice for 8 images at once; .*: micro_batch_size below 8, check.*\.$"):
+        run_training(FullOfValidation, settings(tmp_path / "r"))
+
+
 @linux
 def test_what_there_is_and_what_was_taken_is_in_bytes() -> None:
     accelerator = processes.join(None)

@@ -113,11 +113,11 @@ def test_two_processes_refuse_alike_and_train_what_one_does(tmp_path: Path) -> N
     assert len(images) == 2 * len(set(images)), "a line for the step and one for the validation"
 
 
-def test_two_processes_go_on_where_one_stopped(tmp_path: Path) -> None:
+def test_two_processes_go_on_where_one_stopped_and_in_parts_of_their_shares(tmp_path: Path) -> None:
     given = {"optimizer": "muon", "lr": 0.01, "final_lr": 1.0}  # so that the rate does not depend on where it ends
     whole = run_training(Plain, settings(tmp_path / "whole", **given))
     run_training(Plain, settings(tmp_path / "r", **given, images=16))
-    two_processes(tmp_path, {"out": tmp_path / "r", **given})
+    two_processes(tmp_path, {"out": tmp_path / "r", **given, "micro_batch_size": 2})
     same_result(tmp_path / "r", whole)
 
 

@@ -125,14 +125,14 @@ can't draw. Seeds {SEEDS[0]} to {SEEDS[-1]}, none picked.
     return sheets.grid(columns, prompts), section
 
 
-def nearest(yardstick: Yardstick, rows: Sequence[Row], data: Path, cache: Path) -> tuple[Image.Image, str]:
+def nearest(yardstick: Yardstick, rows: Sequence[Row], config: EvaluateConfig) -> tuple[Image.Image, str]:
     """The pictures that come nearest to training, with the photographs that they come near, and their section.
 
-    `rows` are those of scores.jsonl: the photographs of the split, and the drawn pictures.
+    `rows` are those of scores.jsonl: the photographs that are drawn for, and the drawn pictures.
     """
-    real = [Path(row["file"]) for row in rows if row["contender"] == "photographs"]
-    drawn = [row for row in rows if row["contender"] != "photographs"]
-    pictures, train = [Path(row["file"]) for row in drawn], [record.path for record in read_split(data, "train")]
+    drawn, cache = [row for row in rows if row["contender"] != "photographs"], config.cache
+    pictures = [Path(row["file"]) for row in drawn]
+    train, real = ([record.path for record in read_split(config.data, split)] for split in ("train", config.split))
     ways: dict[str, Extractor] = {"nearest by features": yardstick.extractor, "nearest by pixels": Thumbnails()}
     found = {
         name: Training.see(extractor, train, real, cache=cache).judge(extractor, pictures, cache=cache)
@@ -200,7 +200,7 @@ def main() -> None:
     yardstick = Yardstick.find(given.judge)
     within = Path(rows[-1]["file"]).parent / evaluate.ATTRIBUTES
     pictures, shown_pictures = draw(given.model)
-    pairs, shown_pairs = nearest(yardstick, rows, given.data, cache)
+    pairs, shown_pairs = nearest(yardstick, rows, config)
     save(pictures, given.model / "pictures.webp")
     save(pairs, given.model / "nearest.webp")
     told = [

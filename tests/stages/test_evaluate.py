@@ -19,8 +19,11 @@ from safetensors.torch import load_file
 from browser import opened
 from commands import limner
 from limner.evaluation import plots
+from limner.evaluation.attributes import PROMPTS
 from limner.generation import provenance
 from limner.models.clip import HALF, Clip
+from limner.stages import evaluate
+from limner.stages.evaluate import curves
 from stages.conftest import prepared
 from tiny import tiny_clip, tiny_model, tiny_text_encoder, tiny_tokenizer, tiny_unet
 from trainings import shapes
@@ -118,6 +121,8 @@ def test_every_figure_has_an_interval_around_it_and_its_count(evaluated: Path) -
         assert len(row["sha256"]) == 64
         assert row["steps"] == 2
         assert row["width"] == 16
+        assert row["figures"]["attributes"]["object"]["count"] == 9, "pictures, each of which is in two pairs"
+        assert row["figures"]["attributes"]["all"]["count"] == len(PROMPTS)
     assert found["judge"]["network"]["filter"] == "lanczos"
     assert found["seeds"] == [0, count - 1]
     assert "alignment" in found["photographs"]["figures"]
@@ -142,6 +147,31 @@ def test_numbers_of_each_picture_are_kept(evaluated: Path) -> None:
         assert sum(own) / len(own) == pytest.approx(figures(row)["clip_score"]["value"])
 
 
+def test_drawn_anew_with_another_batch_the_figures_are_the_same(
+    folder: Path, dataset: Path, judge: Path, models: list[Path], evaluated: Path
+) -> None:
+    out = folder / "anew"
+    given = ["--data", dataset, "--judge", judge, "--out", out, *FAST, *further(models), "--set", "batch_size=5"]
+    try:
+        assert limner("evaluate", *models, *given, "--set", "threads=2") == 0
+    finally:
+        torch.set_num_threads(1)
+    before, after = metrics(evaluated), metrics(out)
+    for name in ("copies", "photographs", "contenders"):
+        assert leaves(after[name]) == pytest.approx(leaves(before[name]), rel=1e-6, abs=1e-6), name
+    # the difference of two figures of 3 or less, either of which may be off by 1e-6 of itself
+    assert leaves(after["comparisons"]) == pytest.approx(leaves(before["comparisons"]), rel=1e-6, abs=6e-6)
+
+
+def leaves(found: Any, path: str = "") -> dict[str, float]:
+    """All numbers in what JSON holds, by where they stand, but for what depends on the machine."""
+    if isinstance(found, float | int):
+        return {path: found}
+    items = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+    known = [leaves(value, f"{path}/{key}") for key, value in items if key not in ("cost", "device")]
+    return {where: number for part in known for where, number in part.items()}
+
+
 def test_again_with_another_batch_and_more_threads_draws_nothing_and_finds_the_same(
     folder: Path, dataset: Path, judge: Path, models: list[Path], evaluated: Path
 ) -> None:
@@ -156,6 +186,26 @@ def test_again_with_another_batch_and_more_threads_draws_nothing_and_finds_the_s
     for old, new in zip(before["contenders"], metrics(evaluated)["contenders"]):
         for name, figure in figures(old).items():
             assert figures(new)[name] == pytest.approx(figure, rel=1e-6, abs=1e-6), name
+
+
+def test_the_first_captions_alone_have_the_rivals_and_the_threshold_of_all(
+    folder: Path, dataset: Path, judge: Path, models: list[Path], evaluated: Path
+) -> None:
+    out = folder / "few"
+    shutil.copytree(evaluated / "pictures" / "one", out / "pictures" / "one")
+    shutil.copy(evaluated / "config.json", out)
+    assert limner("evaluate", models[0], "--data", dataset, "--judge", judge, "--out", out, *FAST, "-n", 4) == 0
+    few, all_of_them = metrics(out), metrics(evaluated)
+    assert leaves(few["copies"]) == pytest.approx(leaves(all_of_them["copies"]))
+    assert few["copies"]["copies_by_pixels"]["photographs"] == all_of_them["data"]["captions"]
+    assert few["data"] == {**all_of_them["data"], "captions": 4}
+    assert few["photographs"]["figures"]["fidelity"]["cmmd"]["count"] == 4
+    some, whole = ((folder / name / "scores.jsonl").read_text().splitlines() for name in ("few", "out"))
+    rows = [json.loads(line) for line in whole]
+    wanted = [row for name in ("photographs", "one") for row in [row for row in rows if row["contender"] == name][:4]]
+    found = [json.loads(line) for line in some]
+    assert [row["caption"] for row in found] == [row["caption"] for row in wanted]
+    assert leaves(found) == pytest.approx(leaves(wanted), rel=1e-5)
 
 
 def test_a_picture_that_another_setting_drew_or_that_is_broken_is_drawn_again(
@@ -194,6 +244,25 @@ def test_a_sweep_of_steps_is_one_contender_each_and_a_plot(folder: Path, dataset
     assert [row["label"] for row in metrics(out)["contenders"]] == ["one, 1 step", "one, 3 steps"]
     assert [file.name for file in out.glob("sweep-*.png")] == ["sweep-steps.png"]
     assert metrics(out)["left_out"][0].startswith("There is no judge")
+
+
+def test_models_whose_names_differ_in_signs_have_folders_and_curves_of_their_own(
+    folder: Path, dataset: Path, models: list[Path], evaluated: Path
+) -> None:
+    named = [shutil.copytree(model, folder / name) for model, name in zip(models, ("run_1", "run-1"))]
+    out, sets = folder / "signs", ["--set", "attribute_seeds=0", "--set", "copies=false"]
+    steps = ["--steps", 1, "--steps", 3, "--steps", 3, "--device", "cpu", "--split", "val", "-n", 4]
+    assert limner("evaluate", *named, "--data", dataset, "--out", out, *steps, *sets) == 0
+    rows = metrics(out)["contenders"]
+    assert [row["label"] for row in rows] == [
+        f"{name}, {n}" for name in ("run_1", "run-1") for n in ("1 step", "3 steps")
+    ]
+    drawn = [file.read_bytes() for file in sorted(out.glob("pictures/*/mission/1.png"))]
+    assert len(drawn) == len(set(drawn)) == 4
+    found = [(label, [x for x, _ in curve]) for label, curve in curves("steps", rows, None)]
+    assert found == [("run_1", [1, 3]), ("run-1", [1, 3])]
+    assert [label for label, _ in curves("steps", rows, "steps")] == [""], "where the models differ in it, all are one"
+    assert curves("steps", rows[::3], None) == []
 
 
 # ---- the page
@@ -248,7 +317,8 @@ def test_the_report_of_the_documentation_tells_what_was_found(
     monkeypatch.setitem(sys.modules, "docs_report", made)
     spec.loader.exec_module(made)
     monkeypatch.setattr(made, "FOLDER", tmp_path)
-    plots.plot_sweep("steps", [(1.0, figures(row)) for row in metrics(evaluated)["contenders"]], evaluated / SWEEP)
+    rows = metrics(evaluated)["contenders"]
+    plots.plot_sweep("steps", [("", [(1.0, figures(row)) for row in rows])], evaluated / SWEEP)
     part = made.Part("clip", "Base against tuned", "One and two.", [], ["clip_score", "cmmd", "psnr"])
     text = made.section(part, "limner evaluate one two", evaluated)
     (evaluated / SWEEP).unlink()
@@ -321,6 +391,24 @@ def test_training_photographs_as_pictures_are_all_copies(folder: Path, dataset: 
     assert figures(row)["copies_by_pixels"]["value"] == 1
 
 
+def test_training_photographs_written_anew_and_smaller_are_copies_too(
+    folder: Path, dataset: Path, judge: Path, tmp_path: Path
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rows = [json.loads(line) for line in (dataset / "train" / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        with Image.open(dataset / "train" / row["file_name"]) as image:
+            smaller = image.convert("RGB").resize((image.width * 3 // 4, image.height * 3 // 4))
+        smaller.save(pictures / f"{Path(row['file_name']).stem}.jpg", quality=95, subsampling=0)
+        (pictures / f"{Path(row['file_name']).stem}.txt").write_text(row["captions"][0])
+    given = ["--images", pictures, "--data", dataset, "--split", "val", "--judge", judge, "--out", tmp_path / "out"]
+    assert limner("evaluate", *given) == 0
+    (row,) = metrics(tmp_path / "out")["contenders"]
+    assert figures(row)["copies_by_pixels"]["value"] >= 0.99
+    assert figures(row)["copies_by_features"]["value"] >= 0.9, "of random weights, to which shapes are much alike"
+
+
 @pytest.fixture
 def pictures(evaluated: Path, tmp_path: Path) -> Path:
     """Pictures that are named as the photographs, without anything beside them."""
@@ -347,6 +435,8 @@ def test_broken_pictures_and_other_sizes_are_counted_and_named(
     assert row["remarks"][0] == f"1 picture can't be read and is left out: {first.name}."
     assert row["remarks"][1].startswith(f"1 of {1 + len(rest)} pictures are not 16x16")
     assert f"pictures: {row['remarks'][0]}" in caplog.messages
+    assert metrics(out)["copies"] == {}
+    assert metrics(out)["photographs"]["figures"]["fidelity"]["cmmd"]["count"] == metrics(out)["data"]["captions"]
     assert row["remarks"][0].replace("'", "&#39;") in (out / "report.html").read_text()
 
 
@@ -402,6 +492,15 @@ def test_a_judge_of_nan_is_named(
     Clip(network, tiny_tokenizer(tmp_path / "nan" / "tokenizer"), HALF).save(tmp_path / "nan" / "clip")
     given = ["--images", pictures, "--data", dataset, "--split", "val", "--out", tmp_path / "out"]
     assert "sees no numbers in the picture" in refused(capfd, *given, "--judge", tmp_path / "nan")
+    assert "sees no numbers in the picture" in refused(capfd, models[0], *given[2:], "--judge", tmp_path / "nan")
+    assert not (tmp_path / "out" / "pictures").exists(), "it is told before anything is drawn"
+
+
+def test_what_the_report_needs_is_asked_for_at_once(
+    capfd: pytest.CaptureFixture[str], given: list[object], models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    assert "The report needs jinja2; install with: pip install 'limner[eval]'" in refused(capfd, models[0], *given)
 
 
 def test_the_clip_that_conditions_a_model_is_no_judge(

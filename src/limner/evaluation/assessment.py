@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from limner.data.dataset import Record
 from limner.evaluation import scores
-from limner.evaluation.contenders import Contender
+from limner.evaluation.contenders import LEAST, PHOTOGRAPHS, Contender, photographs
 from limner.evaluation.copies import Copies, Nearest
 from limner.evaluation.extractors import Extractor, features_of
 from limner.evaluation.intervals import Difference
@@ -52,51 +53,70 @@ class Assessment:
 
     def __init__(
         self,
-        real: Sequence[Record],
+        split: Sequence[Record],
+        n: int | None,
         train: Sequence[Path],
         yardstick: Yardstick | None,
         further: Sequence[Extractor] = (),
         *,
+        copies: bool,
         batch_size: int,
         cache: Path,
     ) -> None:
-        """See the photographs; `train` are those that pictures may be copies of, none to leave that out.
+        """See the first `n` captioned photographs of a split, and training photographs: all of them where `copies` of
+        them are looked for.
 
-        Fidelity is measured by the features of the yardstick's network, and by those of `further` ones. Raises
+        Captions have rivals in the whole split, and how near its photographs come to training is what copies are known
+        by. Fidelity is measured by the features of the yardstick's network, and by those of `further` ones. Raises
         DataError where a photograph can't be read.
         """
         self.yardstick = yardstick
         self.how: dict[str, Any] = {"batch_size": batch_size, "cache": cache}
-        self.photographs = Result(Contender("photographs", real, {}))
+        real = photographs(split, n)
+        self.rivals = [record.captions[0] for record in photographs(split, None)]
+        self.photographs = Result(Contender(PHOTOGRAPHS, real, {}))
         self.real = [record.path for record in real]
+        self.split, self.train = [record.path for record in split], train
         self.further = {extractor: features_of(extractor, self.real, **self.how) for extractor in further}
         if yardstick is not None:
             self._see(self.photographs, yardstick)
-        self.ways: dict[str, tuple[Extractor, Training]] = {}
-        if train:
-            extractors: dict[str, Extractor] = {scores.BY_PIXELS: Thumbnails()}
-            if yardstick is not None:
-                extractors = {scores.BY_FEATURES: yardstick.extractor, **extractors}
-            self._floor(train)
-            self.ways = {
-                name: (extractor, Training.see(extractor, train, self.real, **self.how))
-                for name, extractor in extractors.items()
-            }
+        self.looked_for: dict[str, Extractor] = {}
+        if copies and train:
+            known = {} if yardstick is None else {scores.BY_FEATURES: yardstick.extractor}
+            self.looked_for = {**known, scores.BY_PIXELS: Thumbnails()}
+        for extractor in self.looked_for.values():
+            features_of(extractor, train, **self.how)  # is kept; what can't be read is told now
+            features_of(extractor, self.split, **self.how)
+        if len(train) >= LEAST:
+            self._floor()
+
+    @functools.cached_property
+    def ways(self) -> dict[str, tuple[Extractor, Training]]:
+        """How copies are looked for; too large to be there while pictures are drawn, whose memory is measured."""
+        return {
+            name: (extractor, Training.see(extractor, self.train, self.split, **self.how))
+            for name, extractor in self.looked_for.items()
+        }
 
     def _see(self, result: Result, yardstick: Yardstick) -> Seen:
         one = result.contender
         paths = [record.path for record in one.records]
-        result.seen = scores.look(yardstick, paths, one.captions, one.keys, **self.how)
+        result.seen = scores.look(yardstick, paths, one.captions, one.keys, self.rivals, **self.how)
         result.figures["alignment"] = scores.alignment(result.seen)
         return result.seen
 
-    def _floor(self, train: Sequence[Path]) -> None:
-        """What as many training photographs reach, which are real but others."""
-        some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(self.real)].tolist()
-        if self.yardstick is not None:  # all of them, since these are what copies are looked for in
-            features = features_of(self.yardstick.extractor, train, **self.how)[some]
+    def _floor(self) -> None:
+        """What as many training photographs reach, or all where there are fewer; they are real but others."""
+        drawn = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))[: len(self.real)].tolist()
+        some = [self.train[row] for row in drawn]
+        if self.yardstick is not None:
+            extractor = self.yardstick.extractor
+            if self.looked_for:  # which has seen all of them
+                features = features_of(extractor, self.train, **self.how)[drawn]
+            else:
+                features = features_of(extractor, some, **self.how)
             self.photographs.figures["fidelity"] = self._fidelity(features, self.yardstick.embed(features))
-        self.photographs.figures |= self._further([train[row] for row in some])
+        self.photographs.figures |= self._further(some)
 
     def _fidelity(self, features: Tensor, images: Tensor) -> Figures:
         real = self.photographs.seen
@@ -116,7 +136,7 @@ class Assessment:
             seen = self._see(result, self.yardstick)
             result.figures["fidelity"] = self._fidelity(seen.features, seen.images)
         result.figures |= self._further([record.path for record in contender.records])
-        if self.ways:
+        if self.looked_for:
             result.figures["copies"] = self._copies(result)
         return result
 

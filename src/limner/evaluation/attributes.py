@@ -85,3 +85,14 @@ def preferred(images: Tensor, text: Tensor) -> dict[str, Tensor]:
         right, wrong = seen[:, CAPTIONS.index(contrast.right)], seen[:, CAPTIONS.index(contrast.wrong)]  # (S,) each
         found[contrast.aspect].append((right > wrong).double() + (right == wrong).double() / 2)
     return {aspect: torch.cat(hits) for aspect, hits in found.items()}
+
+
+def owners(count: int) -> dict[str, Tensor]:
+    """The number of the picture that each of the pairs of `preferred` is of, by aspect, (pairs times count,).
+
+    There are `count` pictures a prompt, prompt by prompt.
+    """
+    found = defaultdict(list)
+    for contrast in CONTRASTS:
+        found[contrast.aspect].append(PROMPTS.index(contrast.prompt) * count + torch.arange(count))
+    return {aspect: torch.cat(numbers) for aspect, numbers in found.items()}

@@ -15,6 +15,7 @@ from limner.data.folders import read_imagefolder
 from limner.data.pictures import read_picture
 from limner.errors import ConfigError, DataError
 
+PHOTOGRAPHS = "photographs"  # the label of the real ones
 LEAST = 4  # pictures that have a spread of which an interval can be told
 SHOWN = 3  # names in a sentence
 
@@ -116,7 +117,7 @@ def _some(files: Sequence[str]) -> str:
 
 
 def labels(refs: Sequence[str]) -> list[str]:
-    """A short name for each model or folder: as many of its last parts as tell it from all others.
+    """A short name for each model or folder: as many of its last parts as tell it from all others and the photographs.
 
     Raises ConfigError where one is given twice.
     """
@@ -125,6 +126,6 @@ def labels(refs: Sequence[str]) -> list[str]:
         raise ConfigError(f"{twice[0]} is given twice; compare it with another.")
     for count in range(1, max(len(path.parts) for path in whole)):
         short = ["/".join(path.parts[-count:]) for path in whole]
-        if len(set(short)) == len(short):
+        if len(set(short) - {PHOTOGRAPHS}) == len(short):
             return short
     return [str(path) for path in whole]

@@ -98,7 +98,12 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
     features (N, D) and (M, D): what the mean over random subsets, as torch-fidelity takes it, tends to. So it may be
     below 0 for sets that are alike.
     """
-    return _kernel_mean(real, real, own=True) + _kernel_mean(fake, fake, own=True) - 2 * _kernel_mean(real, fake)
+    return _kernel_mean(real, real, own=True) + kernel_rest(real, fake)
+
+
+def kernel_rest(real: Tensor, fake: Tensor) -> float:
+    """`kernel_distance` without what is of `real` alone, which cancels where two sets are compared."""
+    return _kernel_mean(fake, fake, own=True) - 2 * _kernel_mean(real, fake)
 
 
 def _kernel_mean(one: Tensor, other: Tensor, own: bool = False) -> float:
@@ -128,7 +133,12 @@ def cmmd(one: Tensor, other: Tensor) -> float:
     2012, equation 5), and so does this. So it is 0 for equal sets, never below 0 but for rounding, and above 0
     for two small samples of the same pictures: compare only figures from equally many.
     """
-    return SCALE * (_mean_kernel(one, one) + _mean_kernel(other, other) - 2 * _mean_kernel(one, other))
+    return SCALE * _mean_kernel(one, one) + cmmd_rest(one, other)
+
+
+def cmmd_rest(one: Tensor, other: Tensor) -> float:
+    """`cmmd` without what is of `one` alone, which cancels where two others are compared."""
+    return SCALE * (_mean_kernel(other, other) - 2 * _mean_kernel(one, other))
 
 
 def _mean_kernel(one: Tensor, other: Tensor) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,25 @@ COST = "cost.json"
 def draw(model: Model, jobs: Mapping[Path, Job], folder: Path, *, batch_size: int) -> None:
     """Draw each job into its file, a PNG below `folder`, unless that very picture is there.
 
-    `folder`/cost.json tells the seconds of each picture and the most memory that drawing took, over all calls that
-    drew for it. Raises ConfigError and ModelError as `Model.draw` does, OSError as the writing does.
+    `folder`/cost.json tells the seconds a picture of each batch, but for the first of a call, which warms up, and the
+    most memory that drawing took, over all calls that drew for it. Raises ConfigError and ModelError as `Model.draw`
+    does, OSError as the writing does.
     """
     settled = dict(zip(jobs, model.settle(list(jobs.values()))))
     missing = {file: job for file, job in settled.items() if not _is_there(file, job, model)}
     if not missing:
         return
-    seconds = []
-    with progress("Drawing", len(settled), done=len(settled) - len(missing)) as advance, _peak(model.device) as memory:
-        last = time.perf_counter()
-        for file, picture in zip(missing, model.draw(list(missing.values()), batch_size=batch_size)):
-            seconds.append(time.perf_counter() - last)
-            provenance.write(picture.image, picture.record, file)
-            advance(1)
-            last = time.perf_counter()
-    _add_cost(folder / COST, model, next(iter(missing.values())), seconds, memory.get("peak"))
+    files, at_once = list(missing), 1 if model.device.type == "cpu" else batch_size  # as the model has it, too
+    _forget_peak(model.device)
+    with progress("Drawing", len(settled), done=len(settled) - len(missing)) as advance:
+        for start in range(0, len(files), at_once):
+            batch, begun = files[start : start + at_once], time.perf_counter()
+            pictures = list(model.draw([missing[file] for file in batch], batch_size=at_once))
+            seconds = (time.perf_counter() - begun) / len(batch)
+            for file, picture in zip(batch, pictures, strict=True):
+                provenance.write(picture.image, picture.record, file)
+                advance(1)
+            _add_cost(folder / COST, model, missing[batch[0]], [seconds] if start else [])
 
 
 def _is_there(file: Path, job: Job, model: Model) -> bool:
@@ -51,7 +54,7 @@ def _is_there(file: Path, job: Job, model: Model) -> bool:
     except DataError:  # of another origin, or cut off
         return False
     wanted = {name: value for name, value in vars(job).items() if value is not None}  # None is the pipeline's own
-    facts, arithmetic = ("weights", "scheduler", "loras"), ("engine", "precision")
+    facts, arithmetic = ("weights", "scheduler", "loras"), ("type", "engine", "precision")
     return (
         wanted.items() <= record.items()
         and all(record["model"][name] == model.facts[name] for name in facts)
@@ -59,34 +62,29 @@ def _is_there(file: Path, job: Job, model: Model) -> bool:
     )
 
 
-def _add_cost(file: Path, model: Model, job: Job, seconds: Sequence[float], peak: int | None) -> None:
+def _add_cost(file: Path, model: Model, job: Job, seconds: Sequence[float]) -> None:
     """Add what drawing took to what it took before, where that was on the same device with the same settings."""
     where = {"model": model.facts["sha256"], "steps": job.steps, "guidance": job.guidance, **model.device_facts}
     before = read_json(file) if file.is_file() else {}
     if before.get("where") != where:
         before = {"seconds": [], "memory": None}
-    peaks = [value for value in (before["memory"], peak) if value is not None]
+    peaks = [value for value in (before["memory"], _peak(model.device)) if value is not None]
     times = [*before["seconds"], *(round(value, 4) for value in seconds)]
     write_json(file, {"where": where, "seconds": times, "memory": max(peaks, default=None)})
 
 
-@contextmanager
-def _peak(device: torch.device) -> Iterator[dict[str, int]]:
-    """What the body takes at most, in bytes, as "peak": of the GPU's memory, or all that the process holds.
-
-    Left out where the system doesn't tell; Linux does.
-    """
-    found: dict[str, int] = {}
+def _forget_peak(device: torch.device) -> None:
+    """Let `_peak` tell of what comes, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found["peak"] = torch.cuda.max_memory_allocated(device)
         return
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (proc(5))
-    yield found
-    if (most := proc("/proc/self/status", "VmHWM")) is not None:
-        found["peak"] = most
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+
+
+def _peak(device: torch.device) -> int | None:
+    """Bytes held at most, of the GPU's memory or by the process; None where the system doesn't tell, as Linux does."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else proc("/proc/self/status", "VmHWM")
 
 
 def cost(folder: Path) -> dict[str, Any] | None:

@@ -36,15 +36,19 @@ class Difference:
     count: int
 
 
-def mean_interval(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean of one number a picture (N,), with its bootstrap percentile interval.
+def mean_interval(values: Tensor, owners: Tensor | None = None, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Mean of numbers (M,), with its bootstrap percentile interval; `owners` (M,) tell the picture that each is of.
 
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. It is pictures that are drawn, each with
+    all its numbers, since those are not independent; without owners each number is another picture's.
     """
     values = values.double()
-    means = torch.stack([values[draw].mean() for draw in _draws(len(values), resamples, seed)])
+    owners = torch.arange(len(values)) if owners is None else owners.unique(return_inverse=True)[1]
+    numbers = owners.bincount().double()  # (N,) of each picture
+    sums = torch.zeros_like(numbers).index_add(0, owners, values)  # (N,)
+    means = torch.stack([sums[draw].sum() / numbers[draw].sum() for draw in _draws(len(sums), resamples, seed)])
     low, high = _ends(means)
-    return Interval(values.mean().item(), low, high, len(values))
+    return Interval(values.mean().item(), low, high, len(sums))
 
 
 def set_intervals(
@@ -98,8 +102,8 @@ def paired_set_difference(
 ) -> Difference:
     """Difference of a statistic of two models' features (N, D) of the same prompts and noise, against real (M, D).
 
-    Interval as in `set_intervals`, with the same parts for both; p as in `paired_difference`, of more than `MOST`
-    prompts by so many of them.
+    What the statistic tells of `real` alone may be left out of it, as it cancels. Interval as in `set_intervals`, with
+    the same parts for both; p as in `paired_difference`, of more than `MOST` pictures of either by so many of them.
     """
     value = statistic(real, one) - statistic(real, other)
     share = _share(real, one)
@@ -109,11 +113,14 @@ def paired_set_difference(
     generator = torch.Generator().manual_seed(seed)
     some = torch.randperm(len(one), generator=generator)[:MOST].sort().values
     mine, its = one[some], other[some]
+    tested = value
+    if max(len(real), len(one)) > MOST:
+        real = real[torch.randperm(len(real), generator=generator)[:MOST].sort().values]
+        tested = statistic(real, mine) - statistic(real, its)
     chance = []
     for _ in range(resamples):
         swap = torch.randint(2, (len(mine), 1), generator=generator, dtype=torch.bool)  # (N, 1)
         chance.append(statistic(real, torch.where(swap, its, mine)) - statistic(real, torch.where(swap, mine, its)))
-    tested = value if len(some) == len(one) else statistic(real, mine) - statistic(real, its)
     return Difference(value, low, high, _p(tested, torch.tensor(chance, dtype=torch.double)), len(one))
 
 
@@ -124,8 +131,9 @@ def _draws(count: int, resamples: int, seed: int) -> list[Tensor]:
 
 
 def _share(real: Tensor, fake: Tensor) -> float:
-    """Of both sets in a resample."""
-    return min(0.5, MOST / max(len(real), len(fake)))
+    """Of both sets in a resample: at most a half, and of the smaller one at least as many as have 3 neighbours."""
+    fewer, more = sorted((len(real), len(fake)))
+    return min(0.5, max(MOST / more, 4 / fewer))
 
 
 def _parts(count: int, share: float, resamples: int, seed: int) -> list[Tensor]:

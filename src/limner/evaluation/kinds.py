@@ -59,7 +59,7 @@ KINDS = {
     "image_to_text_r@1": Kind("Picture finds caption, R@1", "Any of its captions, among all captions.", "more", "%"),
     "image_to_text_r@5": Kind("Picture finds caption, R@5", "The same, among the 5 nearest.", "more", "%"),
     "image_to_text_r@10": Kind("Picture finds caption, R@10", "The same, among the 10 nearest.", "more", "%"),
-    "seconds": Kind("Time a picture", "Mean, the first picture left out; whatever else the machine did.", "less", "s"),
+    "seconds": Kind("Time a picture", "Mean, the first batch left out; whatever else the machine did.", "less", "s"),
     "memory": Kind("Memory", "The most that drawing held: the process, or on a GPU its tensors.", "less", "MiB"),
 }
 

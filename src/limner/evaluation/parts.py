@@ -70,10 +70,10 @@ def clip_figures(model: str, records: Sequence[Record]) -> Figures:
 
 
 def cost_figures(cost: dict[str, Any] | None) -> Figures:
-    """Seconds a picture, after the first, which warms up; and the most memory in MiB, measured once."""
+    """Seconds a picture, a number a batch, as `drawing` keeps them; and the most memory in MiB, measured once."""
     figures = {}
-    if cost is not None and len(cost["seconds"]) > 1:
-        figures["seconds"] = mean_interval(torch.tensor(cost["seconds"][1:], dtype=torch.double))
+    if cost is not None and cost["seconds"]:
+        figures["seconds"] = mean_interval(torch.tensor(cost["seconds"], dtype=torch.double))
     if cost is not None and cost["memory"] is not None:
         memory = cost["memory"] / 2**20
         figures["memory"] = Interval(memory, memory, memory, 1)

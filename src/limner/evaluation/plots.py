@@ -103,24 +103,29 @@ def plot_drift(drift: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_sweep(name: str, rows: Sequence[tuple[float, Mapping[str, Any]]], path: Path) -> None:
-    """Write a PNG of figures against the one setting `name` that contenders differ in. Bands are 95 % intervals.
+Curve = Sequence[tuple[float, Mapping[str, Any]]]
+"""A setting's values, and the figures with each, {"value", "low", "high"} by name."""
 
-    rows: the setting's value and the figures, each {"value", "low", "high"} by name, of each contender; what a row
-    lacks is not drawn for any. Raises OSError.
+
+def plot_sweep(name: str, curves: Sequence[tuple[str, Curve]], path: Path) -> None:
+    """Write a PNG of figures against a setting `name`, a line for each labelled curve. Bands are 95 % intervals.
+
+    What one lacks is drawn for none; where that is all, or there is no curve, nothing is written. Raises OSError.
     """
-    rows = sorted(rows, key=lambda row: row[0])
-    drawn = [figure for figure in GLANCE if all(figure in figures for _, figures in rows)]
+    drawn = [figure for figure in GLANCE if all(figure in figures for _, rows in curves for _, figures in rows)]
+    if not curves or not drawn:
+        return
     across = min(3, len(drawn))
     figure = _figure(2.9 * -(-len(drawn) // across))
     axes = figure.subplots(-(-len(drawn) // across), across, squeeze=False)
-    xs = [x for x, _ in rows]
     for panel, key in zip(axes.flat, drawn):
-        found, kind = [figures[key] for _, figures in rows], KINDS[key]
+        kind = KINDS[key]
         scale = 100 if kind.unit == "%" else 1
-        _line(panel, xs, [scale * one["value"] for one in found], LINES[0], None)
-        low, high = ([scale * one[end] for one in found] for end in ("low", "high"))
-        panel.fill_between(xs, low, high, color=BLUE, alpha=0.15, linewidth=0)
+        for look, (label, rows) in zip(itertools.cycle(LINES), curves):
+            xs, found = zip(*sorted(((x, figures[key]) for x, figures in rows), key=itemgetter(0)))
+            _line(panel, xs, [scale * one["value"] for one in found], look, label or None)
+            low, high = ([scale * one[end] for one in found] for end in ("low", "high"))
+            panel.fill_between(xs, low, high, color=look[0], alpha=0.15, linewidth=0)
         _name(panel, kind.title, f"{kind.unit or 'value'}, {kind.better} is better", name)
     for panel in list(axes.flat)[len(drawn) :]:
         panel.set_axis_off()

@@ -111,15 +111,23 @@ def _card(name: str, found: Sequence[tuple[int, str, Mapping[str, float]]]) -> C
         width = round(place(figure["high"]) - left, 2)
         shade = (colour - 1) % COLOURS + 1 if colour else 0
         bars.append(
-            Bar(_called(name, label), shade, kind.shown(figure["value"]), ends, place(figure["value"]), left, width)
+            Bar(
+                label if colour else _called(name, label),
+                shade,
+                kind.shown(figure["value"]),
+                ends,
+                place(figure["value"]),
+                left,
+                width,
+            )
         )
     return Card(name, kind.title, kind.says, kind.better, bars)
 
 
 def _called(name: str, label: str) -> str:
-    """The photographs are others where distances are told: those of training, as many."""
+    """What the photographs are called: they are others where distances are told, those of training."""
     fidelity = ("frechet", "kernel_distance", "cmmd", "precision", "recall", "density", "coverage")
-    return "training photographs" if label == "photographs" and name in fidelity else label
+    return "training photographs" if name in fidelity else label
 
 
 def _bare(name: str, value: float) -> str:

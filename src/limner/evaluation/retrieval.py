@@ -50,6 +50,20 @@ def ranks(text: Tensor, images: Tensor, owners: Tensor, block: int = 4096) -> Ra
     return Ranks(text_ranks, image_ranks, owners)
 
 
+def caption_ranks(text: Tensor, images: Tensor, own: Tensor, block: int = 4096) -> Tensor:
+    """How many other captions are as near to each picture as its own, or nearer; those of the same words are one.
+
+    text (K, E) and images (N, E), features of unit length; own (N,), each picture's of the K. -> (N,). Ties count
+    against; NaN finds nothing.
+    """
+    found = []
+    for rows, mine in zip(images.split(block), own.split(block)):
+        near = _similarity(rows[:, None], text[mine, :, None])[:, 0]  # (block, 1)
+        counts = [(_similarity(rows, part.T) >= near).sum(dim=1) for part in text.split(block)]
+        found.append(torch.stack(counts).sum(dim=0) - 1)  # its own is as near as itself
+    return torch.cat(found)
+
+
 def _similarity(text: Tensor, images: Tensor) -> Tensor:
     """The matrix product, the same to the last bit in blocks of any size, so that equal features always tie."""
     # float32 sums differ with the shape of the matrices; float64 sums don't once they are rounded to float32

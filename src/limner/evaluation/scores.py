@@ -25,7 +25,7 @@ from limner.evaluation.intervals import (
     paired_set_difference,
     set_intervals,
 )
-from limner.evaluation.retrieval import KS, ranks
+from limner.evaluation.retrieval import KS, caption_ranks
 from limner.evaluation.yardstick import Thumbnails, Yardstick
 
 Figures = dict[str, Interval]
@@ -36,6 +36,8 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
     "frechet": distances.frechet_of,
     "kernel_distance": distances.kernel_distance,
 }
+RESTS = {**DISTANCES, "kernel_distance": distances.kernel_rest}
+"""The same without what is of the photographs alone, to be compared."""
 SHARED = {"precision": 1.0, "recall": 1.0, "density": math.inf, "coverage": 1.0}
 """What two sets share, and the most that it can be."""
 
@@ -55,21 +57,27 @@ class Seen:
 
 
 def look(
-    yardstick: Yardstick, paths: Sequence[Path], captions: Sequence[str], keys: Sequence[tuple[str, int]], **how: Any
+    yardstick: Yardstick,
+    paths: Sequence[Path],
+    captions: Sequence[str],
+    keys: Sequence[tuple[str, int]],
+    rivals: Sequence[str] = (),
+    **how: Any,
 ) -> Seen:
     """See pictures beside their captions; `how` are batch_size and cache of `features_of`.
 
-    Raises DataError where a picture can't be read or gives no numbers.
+    A picture's own caption is sought among others of these and of `rivals`, as `watch.Watch` does. Raises
+    DataError where a picture can't be read or gives no numbers.
     """
     features = features_of(yardstick.extractor, paths, **how)
     images = yardstick.embed(features)
-    texts, own = distinct(captions)
-    text = yardstick.text_features(texts)  # (K, E)
-    found = ranks(text[own], images, torch.arange(len(images)), block=BLOCK)
+    texts, own = distinct([*captions, *rivals])
+    text, own = yardstick.text_features(texts), own[: len(captions)]  # (K, E), (N,)
+    found = caption_ranks(text, images, own, block=BLOCK)  # (N,)
     values = {
         "r_precision": r_precision(images, text, own),
         "clip_score": clip_score(text[own], images),
-        **{f"caption_r@{k}": (found.images < k).double() for k in KS},
+        **{f"caption_r@{k}": (found < k).double() for k in KS},
     }
     return Seen(features, images, values, keys)
 
@@ -81,15 +89,17 @@ def alignment(seen: Seen) -> Figures:
     }
 
 
-def share(hits: Tensor) -> Interval:
-    """Share of hits (N,) of 0 to 1. A bootstrap of all or none knows nothing of what is rare; there the interval is
-    that of Clopper and Pearson (1934).
+def share(hits: Tensor, owners: Tensor | None = None) -> Interval:
+    """Share of hits (M,) of 0 to 1; `owners` (M,) as for `mean_interval`.
+
+    A bootstrap of all or none knows nothing of what is rare; there the interval is that of Clopper and Pearson (1934).
     """
     if 0 < hits.mean() < 1:
-        return mean_interval(hits)
-    rare = 1 - ((1 - LEVEL) / 2) ** (1 / len(hits))
+        return mean_interval(hits, owners)
+    count = len(hits) if owners is None else len(owners.unique())
+    rare = 1 - ((1 - LEVEL) / 2) ** (1 / count)
     low, high = (0.0, rare) if hits.mean() == 0 else (1 - rare, 1.0)
-    return Interval(hits.mean().item(), low, high, len(hits))
+    return Interval(hits.mean().item(), low, high, count)
 
 
 def fidelity(real: Tensor, fake: Tensor) -> Figures:
@@ -136,6 +146,11 @@ class Training:
         near = nearest(_comparable(extractor, real, **how), features, mirrored)
         return cls(paths, features, mirrored, near)
 
+    def baseline(self) -> dict[str, float]:
+        """The threshold, ready for JSON; how many real test photographs it is from, and which share would be copies."""
+        own = copies(self.real, self.real)
+        return {"threshold": own.threshold, "photographs": len(own.flagged), "share": own.share}
+
     def judge(self, extractor: Extractor, pictures: Sequence[Path], **how: Any) -> tuple[Copies, Nearest]:
         """Which pictures are copies, and the nearest training photograph of each. Raises DataError."""
         found = nearest(_comparable(extractor, pictures, **how), self.features, self.mirrored)
@@ -149,14 +164,16 @@ def _comparable(extractor: Extractor, paths: Sequence[Path], **how: Any) -> Iter
 
 
 def sensitivity(yardstick: Yardstick, paths: Sequence[Path], **how: Any) -> Figures:
-    """Share of pairs in which the judge prefers the right caption, by aspect and over all.
+    """Share of pairs in which the judge prefers the right caption, by aspect and over all; a picture is in several.
 
     `paths`: S pictures of each of `attributes.PROMPTS`, prompt by prompt. Raises DataError.
     """
     features = yardstick.embed(features_of(yardstick.extractor, paths, **how))
     images = features.unflatten(0, (len(attributes.PROMPTS), -1))  # (P, S, E)
     hits = attributes.preferred(images, yardstick.text_features(attributes.CAPTIONS))
-    return {name: share(values) for name, values in {**hits, "all": torch.cat(list(hits.values()))}.items()}
+    owners = attributes.owners(images.shape[1])
+    hits, owners = ({**each, "all": torch.cat(list(each.values()))} for each in (hits, owners))
+    return {name: share(values, owners[name]) for name, values in hits.items()}
 
 
 def compare(real: Seen, one: Seen, other: Seen) -> dict[str, Difference]:
@@ -167,9 +184,9 @@ def compare(real: Seen, one: Seen, other: Seen) -> dict[str, Difference]:
         return {}
     mine, its = (torch.tensor(rows) for rows in zip(*pairs))
     found = {name: paired_difference(one.values[name][mine], other.values[name][its]) for name in one.values}
-    for name, statistic in DISTANCES.items():
+    for name, statistic in RESTS.items():
         found[name] = paired_set_difference(statistic, real.features, one.features[mine], other.features[its])
-    found["cmmd"] = paired_set_difference(distances.cmmd, real.images, one.images[mine], other.images[its])
+    found["cmmd"] = paired_set_difference(distances.cmmd_rest, real.images, one.images[mine], other.images[its])
     return found
 
 

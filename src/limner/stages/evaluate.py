@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from limner import __version__, artifacts, settings
 from limner.config import EvaluateConfig
 from limner.data.dataset import Record, read_split, split_identity
 from limner.data.findings import json_line
-from limner.errors import DataError, RunError
+from limner.errors import ConfigError, DataError, RunError
 from limner.evaluation import attributes, drawing, parts, plots, report, scores, trajectory
+from limner.evaluation.agreement import CANDIDATES
 from limner.evaluation.assessment import Assessment, Result
 from limner.evaluation.contenders import LEAST, Contender, from_folder, labels, photographs
 from limner.evaluation.extractors import Extractor, load_extractor
@@ -69,6 +72,8 @@ def run(config: EvaluateConfig) -> Path:
 
     Raises ConfigError, DataError or ModelError in one sentence, before anything is drawn where that can be told.
     """
+    if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+        raise ConfigError(f"The report needs {missing[0]}; install with: pip install 'limner[eval]'.")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     asked = config
@@ -84,10 +89,10 @@ def run(config: EvaluateConfig) -> Path:
         conditioned = refuse_conditioning(yardstick, refs, allowed=config.allow_conditioning_judge)
     further = [load_extractor(spec) for spec in config.extractors]
     _open(asked)
+    assessment = _assessment(config, yardstick, further)
     firsts = {entry.spec.ref: entry for entry in reversed(entries)}  # a model's parts don't depend on how it draws
     extra = [_draw(config, entry, real, yardstick, with_parts=entry is firsts[entry.spec.ref]) for entry in entries]
     contenders = [_drawn(entry, real) for entry in entries] + folders
-    assessment = _assessment(config, real, yardstick, further)
     results = []
     for number, contender in enumerate(contenders):
         for remark in contender.remarks:
@@ -142,13 +147,16 @@ def _read(config: EvaluateConfig) -> tuple[list[Record], list[Entry], list[Conte
         raise DataError(f"{config.data} has {len(real)} captioned pictures in {config.split}; {LEAST} are the least.")
     refs = [*config.models, *map(str, config.images)]
     names = labels(refs)
-    entries = []
+    entries: list[Entry] = []
     for number, (ref, name) in enumerate(zip(config.models, names)):
         spec = read_spec(ref)
         x = {config.x_name: config.x[number]} if config.x else {}
-        for steps, guidance in product(config.steps or (None,), config.guidance or (None,)):
+        for steps, guidance in product(
+            dict.fromkeys(config.steps or (None,)), dict.fromkeys(config.guidance or (None,))
+        ):
             make_jobs(spec, settings.MISSION, steps=steps, guidance=guidance)  # which refuses what can't be drawn
-            entries.append(_entry(config, name, spec, steps, guidance, x))
+            entry = _entry(config, name, spec, steps, guidance, x)
+            entries.append(_apart(entry, [other.folder for other in entries]))
     folders = [from_folder(path, name, real) for path, name in zip(config.images, names[len(config.models) :])]
     return real, entries, folders
 
@@ -162,6 +170,12 @@ def _entry(
     known = {key: float(value) for key, value in varied.items() if value is not None}
     label = ", ".join([name, *told])
     return Entry(label, spec, steps, guidance, known | x, config.out / PICTURES / slug(label))
+
+
+def _apart(entry: Entry, taken: Sequence[Path]) -> Entry:
+    """The same in a folder of its own: names that differ in capitals or signs alone fall together."""
+    own = [entry.folder, *(entry.folder.with_name(f"{entry.folder.name}-{n}") for n in range(2, len(taken) + 2))]
+    return replace(entry, folder=next(folder for folder in own if folder not in taken))
 
 
 def _open(config: EvaluateConfig) -> None:
@@ -238,11 +252,10 @@ def _cache(config: EvaluateConfig) -> Path:
     return config.cache or config.out / "features"
 
 
-def _assessment(
-    config: EvaluateConfig, real: Sequence[Record], yardstick: Yardstick | None, further: Sequence[Extractor]
-) -> Assessment:
-    train = [record.path for record in read_split(config.data, "train")] if config.copies else []
-    return Assessment(real, train, yardstick, further, batch_size=config.batch_size, cache=_cache(config))
+def _assessment(config: EvaluateConfig, yardstick: Yardstick | None, further: Sequence[Extractor]) -> Assessment:
+    split, train = read_split(config.data, config.split), [one.path for one in read_split(config.data, "train")]
+    how: dict[str, Any] = {"copies": config.copies, "batch_size": config.batch_size, "cache": _cache(config)}
+    return Assessment(split, config.n, train, yardstick, further, **how)
 
 
 def _write(
@@ -265,12 +278,14 @@ def _write(
             "split": config.split,
             "sha256": split_identity(config.data, config.split),
             "captions": len(real.contender.records),
+            "candidates": min(CANDIDATES, len(set(assessment.rivals))),
         },
         "seeds": [config.seed, config.seed + len(real.contender.records) - 1],
         "judge": None if yardstick is None else yardstick.facts(),
         "extractors": [extractor_facts(extractor) for extractor in assessment.further],
         "left_out": [NO_JUDGE] if yardstick is None else [],
         "hardware": artifacts.hardware(),
+        "copies": {name: training.baseline() for name, (_, training) in assessment.ways.items()},
         "photographs": _row(real),
         "contenders": [_row(result) for result in results],
         "comparisons": [
@@ -281,21 +296,38 @@ def _write(
     }
     artifacts.write_json(config.out / METRICS, metrics)
     artifacts.write_text(config.out / SCORES, "".join(_score_lines([real, *results])))
-    _plot(metrics["contenders"], config.out)
+    _plot(metrics["contenders"], config.out, config.x_name if config.x else None)
     report.write(config.out, metrics, results, missions)
     for result in results:
         print(_summary(result))
     print(config.out / report.PAGE)
 
 
-def _plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
+def _plot(rows: Sequence[dict[str, Any]], out: Path, x_name: str | None) -> None:
     """A plot for each setting that contenders differ in; a plot of an earlier call goes."""
     for old in out.glob(report.SWEEPS):
         old.unlink()
     for name in sorted({name for row in rows for name in row["settings"]}):
-        known = [(row["settings"][name], _flat(row["figures"])) for row in rows if name in row["settings"]]
-        if len({value for value, _ in known}) > 1:
-            plots.plot_sweep(name, known, out / report.SWEEPS.replace("*", slug(name)))
+        plots.plot_sweep(name, curves(name, rows, x_name), out / report.SWEEPS.replace("*", slug(name)))
+
+
+def curves(name: str, rows: Sequence[dict[str, Any]], x_name: str | None) -> list[tuple[str, plots.Curve]]:
+    """Contenders' figures against a setting, those together that differ in it alone, under what their labels share.
+
+    They are of one model, unless it is `x_name`, what the models differ in.
+    """
+    alike = defaultdict(list)
+    for row in rows:
+        if name in row["settings"]:
+            rest = {key: value for key, value in row["settings"].items() if key != name}
+            alike[None if name == x_name else row["model"], tuple(sorted(rest.items()))].append(row)
+    found: list[tuple[str, plots.Curve]] = []
+    for some in alike.values():
+        if len({row["settings"][name] for row in some}) > 1:
+            labels = [row["label"].split(", ") for row in some]
+            shared = ", ".join(word for word in labels[0] if all(word in others for others in labels))
+            found.append((shared, [(row["settings"][name], _flat(row["figures"])) for row in some]))
+    return found
 
 
 def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

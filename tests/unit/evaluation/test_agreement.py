@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from limner.evaluation.agreement import clip_score, distinct, r_precision
+from limner.evaluation.retrieval import caption_ranks
 
 
 def features(count: int, seed: int, width: int = 6) -> Tensor:
@@ -43,13 +44,18 @@ def test_r_precision_of_what_does_not_agree_is_one_in_a_hundred(seed: int) -> No
 def test_shuffled_captions_lose_what_was_found() -> None:
     text = features(1_000, 0, 32)
     images, own = normalize(text + 0.2 * features(1_000, 1, 32), dim=1), torch.arange(1_000)
-    shares, generator = [], torch.Generator().manual_seed(0)
+    shares, others, generator = [], [], torch.Generator().manual_seed(0)
     for share in (0, 0.25, 0.5, 1):
         moved = torch.randperm(1_000, generator=generator)[: int(share * 1_000)]
         shuffled = own.clone()
         shuffled[moved] = moved.roll(1)
         shares.append(r_precision(images, text, shuffled).mean().item())
+        first = (caption_ranks(text, images, shuffled) < 1).double().mean().item()
+        others.append((clip_score(text[shuffled], images).mean().item(), first))
     assert shares == sorted(shares, reverse=True)
+    for found in zip(*others):
+        assert found == tuple(sorted(found, reverse=True))
+        assert found[-1] < found[0] / 4
     assert shares[0] > 0.9
     assert shares[-1] == pytest.approx(0.01, abs=0.01)
 

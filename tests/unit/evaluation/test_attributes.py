@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from limner.evaluation.attributes import CAPTIONS, CONTRASTS, PROMPTS, preferred
+from limner.evaluation.attributes import CAPTIONS, CONTRASTS, PROMPTS, owners, preferred
 
 ASPECTS = {"object", "place", "colour", "count", "negation"}
 
@@ -43,6 +43,19 @@ def test_pictures_that_are_what_was_asked_for_are_preferred(sign: int, share: fl
     assert set(found) == ASPECTS
     assert len(found["object"]) == 18 * 3
     assert all(hits.eq(share).all() for hits in found.values())
+
+
+def test_the_pairs_of_a_picture_are_known() -> None:
+    """One picture of three of a prompt is the opposite of what was asked for."""
+    text = text_features()
+    told = {contrast.prompt: contrast.right for contrast in CONTRASTS}
+    images = torch.stack([text[CAPTIONS.index(told[prompt])] for prompt in PROMPTS])[:, None].repeat(1, 3, 1)
+    number = PROMPTS.index("A cat in the snow.")
+    images[number, 1] *= -1
+    hits, own = preferred(images, text), owners(3)
+    failed = {aspect: own[aspect][hits[aspect] == 0].tolist() for aspect in ASPECTS}
+    pairs = {"object": 2, "place": 2, "colour": 0, "count": 0, "negation": 0}
+    assert failed == {aspect: [3 * number + 1] * count for aspect, count in pairs.items()}
 
 
 def test_pictures_that_do_not_hear_the_prompt_are_right_in_half_of_the_pairs() -> None:

@@ -17,6 +17,11 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert labels(["one"]) == ["one"]
 
 
+def test_a_folder_of_photographs_is_told_from_the_real_ones() -> None:
+    assert labels(["drawn/photographs", "drawn/one"]) == ["drawn/photographs", "drawn/one"]
+    assert labels(["drawn/photographs"]) == ["drawn/photographs"]
+
+
 def test_the_same_folder_by_another_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is given twice"):
         labels([str(tmp_path), str(tmp_path / "." / ".." / tmp_path.name)])

@@ -107,6 +107,37 @@ def test_the_kernel_distance_is_that_of_torch_fidelity(width: int) -> None:
     assert found == pytest.approx(many["kernel_inception_distance_mean"], abs=4 * error)
 
 
+def cubature(mean: Tensor, root: Tensor) -> Tensor:
+    """Points with the moments of a Gaussian of covariance root root^T up to the third: (D,), (D, D) -> (2D, D)."""
+    steps = len(mean) ** 0.5 * root.T  # (D, D)
+    return torch.cat([mean + steps, mean - steps])
+
+
+def test_the_kernel_distance_of_gaussians_is_known() -> None:
+    """The cubic kernel knows three moments alone. With u = x.y / D of x of N(m, S) and y of N(n, T),
+    E[(u + 1)^3] = 1 + 3 E[u] + 3 E[u^2] + E[u^3].
+    """
+    width, generator = 4, torch.Generator().manual_seed(0)
+    means = torch.randn(2, width, generator=generator, dtype=torch.double)
+    roots = torch.randn(2, width, width, generator=generator, dtype=torch.double)
+
+    def kernel(one: int, other: int) -> float:
+        m, n, s, t = means[one], means[other], roots[one] @ roots[one].T, roots[other] @ roots[other].T
+        u, spread = m @ n, (s @ t).trace()
+        second = spread + m @ t @ m + n @ s @ n + u**2
+        third = u**3 + 3 * u * (m @ t @ m + n @ s @ n + spread) + 6 * m @ t @ s @ n
+        return float(1 + 3 * u / width + 3 * second / width**2 + third / width**3)
+
+    points = [cubature(mean, root) for mean, root in zip(means, roots)]
+
+    def without_own_pairs(number: int) -> float:
+        count, own = 2 * width, (points[number].square().sum(dim=1) / width + 1).pow(3)
+        return float((count * kernel(number, number) - own.mean()) / (count - 1))
+
+    wanted = without_own_pairs(0) + without_own_pairs(1) - 2 * kernel(0, 1)
+    assert kernel_distance(*points) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
 @given(st.integers(2, 7), st.integers(2, 7), st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
 def test_the_kernel_distance_is_that_of_a_loop_over_all_pairs(n: int, m: int, seed: int) -> None:
@@ -211,16 +242,29 @@ def seen(pixels: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(pixels, weight).abs().mean(dim=(2, 3))
 
 
+def harmed(drawn: Tensor, harm: str) -> list[Tensor]:
+    """Pictures as they are, and worse and worse."""
+    if harm == "blur":
+        return [drawn] + [avg_pool2d(drawn, side, 1, side // 2, count_include_pad=False) for side in (3, 5, 7)]
+    noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(2))
+    return [drawn + level * noise for level in (0, 0.3, 0.4, 0.8)]
+
+
 @pytest.mark.parametrize("measure", [frechet_of, kernel_distance, lambda a, b: cmmd(*(normalize(x) for x in (a, b)))])
 @pytest.mark.parametrize("harm", ["blur", "noise"])
 def test_distances_grow_with_harm(measure: object, harm: str) -> None:
     assert callable(measure)
     real, drawn = pictures(400, 0), pictures(400, 1)
-    noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(2))
-    harmed = {
-        "blur": [drawn] + [avg_pool2d(drawn, side, 1, side // 2, count_include_pad=False) for side in (3, 5, 7)],
-        "noise": [drawn + level * noise for level in (0, 0.2, 0.4, 0.8)],
-    }[harm]
-    found = [measure(seen(real), seen(pixels)) for pixels in harmed]
+    found = [measure(seen(real), seen(pixels)) for pixels in harmed(drawn, harm)]
     assert found == sorted(found)
     assert found[1] > 2 * abs(found[0]), "pictures of the same kind are near nothing"
+
+
+@pytest.mark.parametrize("harm", ["blur", "noise"])
+def test_what_is_shared_falls_with_harm(harm: str) -> None:
+    real, drawn = pictures(400, 0), pictures(400, 1)
+    found = [vars(precision_recall(seen(real), seen(pixels))) for pixels in harmed(drawn, harm)]
+    for name in found[0]:
+        values = [one[name] for one in found]
+        assert values == sorted(values, reverse=True), name
+        assert values[0] > 0.5 + values[-1], name

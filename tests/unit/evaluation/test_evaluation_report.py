@@ -45,7 +45,7 @@ def metrics() -> dict[str, Any]:
         "limner": "0.1.0",
         "finished": "2026-01-01T00:00:00",
         "command": "limner evaluate",
-        "data": {"name": HOSTILE, "split": "test", "sha256": "2" * 64, "captions": 9},
+        "data": {"name": HOSTILE, "split": "test", "sha256": "2" * 64, "captions": 9, "candidates": 100},
         "seeds": [0, 8],
         "judge": {"name": "judge", "sha256": "3" * 64, "network": network},
         "extractors": [],
@@ -108,6 +108,25 @@ def test_the_best_the_median_and_the_worst_are_shown(
     _, text = page(tmp_path, metrics, results)
     found = re.findall(r"score (\d)\.00", text)
     assert found == ["8", "7", "6", "5", "4", "3", "2", "1", "0"]
+
+
+def test_fewer_rivals_than_99_are_told(tmp_path: Path, metrics: dict[str, Any], results: list[Result]) -> None:
+    assert "by chance it is" not in page(tmp_path, metrics, results)[1]
+    metrics["data"]["candidates"] = 64
+    assert (
+        "has 64 different captions, so R-precision is among these; by chance it is 1.6 %"
+        in (page(tmp_path, metrics, results)[1])
+    )
+
+
+def test_distances_of_photographs_are_those_of_training_and_of_no_other_of_that_name(
+    tmp_path: Path, metrics: dict[str, Any], results: list[Result]
+) -> None:
+    distance = {"fidelity": {"cmmd": figure(2, 1, 3)}}
+    metrics["photographs"] = row("photographs", distance)
+    metrics["contenders"] = [row("photographs", distance)]
+    _, text = page(tmp_path, metrics, results)
+    assert "training photographs 2 1 to 3 photographs 2 1 to 3" in text
 
 
 def test_copies_are_named_as_such(tmp_path: Path, metrics: dict[str, Any], results: list[Result]) -> None:

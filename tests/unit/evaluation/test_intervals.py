@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from limner.evaluation import intervals
-from limner.evaluation.distances import frechet_of, kernel_distance
+from limner.evaluation import intervals, scores
+from limner.evaluation.distances import cmmd, cmmd_rest, frechet_of, kernel_distance, kernel_rest
 from limner.evaluation.intervals import Interval, mean_interval, paired_difference, paired_set_difference, set_intervals
 
 
@@ -38,6 +38,26 @@ def test_the_interval_of_a_mean_holds_the_truth_about_as_often_as_it_says() -> N
     found = [mean_interval(normal(60, seed=seed), resamples=300, seed=seed) for seed in range(200)]
     held = sum(interval.low <= 0 <= interval.high for interval in found)
     assert 0.88 <= held / 200 <= 0.99
+
+
+def test_numbers_of_one_picture_are_drawn_together() -> None:
+    values, owners = normal(60, seed=0), torch.arange(60).repeat_interleave(4)
+    once, four_times = mean_interval(values), mean_interval(values.repeat_interleave(4), owners)
+    assert vars(four_times) == pytest.approx(vars(once))
+    assert four_times.count == 60
+    uneven = torch.cat([owners, torch.zeros(10, dtype=torch.long)])
+    numbers = normal(250, seed=1)
+    assert mean_interval(numbers, uneven).value == pytest.approx(numbers.double().mean().item())
+    assert scores.share(torch.ones(240), owners).low == scores.share(torch.ones(60)).low
+
+
+def test_a_few_pictures_beside_many_photographs_have_intervals() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "MOST", 10)
+        found = scores.fidelity(normal(100, 5, seed=0), normal(8, 5, seed=1))
+        assert scores.fidelity(normal(100, 5, seed=0), normal(4, 5, seed=1)).keys() == scores.DISTANCES.keys()
+    assert all(one.low <= one.value <= one.high for one in found.values())
+    assert set(found) == {*scores.DISTANCES, *scores.SHARED}
 
 
 def test_the_interval_of_a_distance_is_as_wide_as_distances_of_other_pictures_stray() -> None:
@@ -97,6 +117,27 @@ def test_a_difference_of_distances_is_found_on_the_same_prompts() -> None:
     same = paired_set_difference(frechet_of, real, alike, one, resamples=60)
     assert same.low < 0 < same.high
     assert same.p > 0.05
+
+
+@pytest.mark.parametrize(("whole", "rest"), [(kernel_distance, kernel_rest), (cmmd, cmmd_rest)])
+def test_what_photographs_are_alone_tells_nothing_of_a_difference(
+    whole: Callable[[Tensor, Tensor], float], rest: Callable[[Tensor, Tensor], float]
+) -> None:
+    sets = [torch.nn.functional.normalize(normal(30, 4, seed=seed) + seed / 5, dim=1) for seed in range(3)]
+    found, shorter = (paired_set_difference(statistic, *sets, resamples=30) for statistic in (whole, rest))
+    assert vars(shorter) == pytest.approx(vars(found), abs=1e-9)
+
+
+def test_no_test_looks_at_more_photographs_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def statistic(real: Tensor, fake: Tensor) -> float:
+        seen.append(len(real))
+        return (real.mean() - fake.mean()).abs().item()
+
+    monkeypatch.setattr(intervals, "MOST", 20)
+    paired_set_difference(statistic, normal(90, 2, seed=0), normal(15, 2, seed=1), normal(15, 2, seed=2), resamples=5)
+    assert sorted(set(seen)) == [20, 24, 90], "the parts of a test, those of an interval, and all once"
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:

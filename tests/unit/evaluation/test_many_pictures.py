@@ -22,7 +22,7 @@ from limner.evaluation import scores
 from limner.evaluation.agreement import r_precision
 from limner.evaluation.copies import copies, nearest
 from limner.evaluation.intervals import set_intervals
-from limner.evaluation.retrieval import ranks
+from limner.evaluation.retrieval import caption_ranks
 from limner.training.memory import proc
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def peak(count):
     scores.cmmd(real, fake)
     near = nearest(fake.split(100), real[:500])
     copies(near, near)
-    ranks(real, fake, torch.arange(count), block=scores.BLOCK)
+    caption_ranks(real, fake, torch.arange(count), block=scores.BLOCK)
     r_precision(fake[:500], real, torch.arange(500))
     return proc("/proc/self/status", "VmHWM")
 

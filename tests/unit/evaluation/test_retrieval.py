@@ -13,9 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from limner.evaluation.retrieval import Ranks, intervals, ranks, recall
+from limner.evaluation.retrieval import Ranks, caption_ranks, intervals, ranks, recall
 
 KS = (1, 2, 5)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99), st.sampled_from([2, 4096]))
+@settings(deadline=None, max_examples=30)
+def test_a_caption_of_several_pictures_is_one(n: int, k: int, seed: int, block: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    text, images = (normalize(torch.randn(count, 3, generator=generator), dim=1) for count in (k, n))
+    text[-1] = text[0]  # other words that the judge takes for the same
+    own = torch.randint(k, (n,), generator=generator)
+    near = (images.double() @ text.double().T).float()
+    wanted = [sum(bool(row[t] >= row[o]) for t in range(k) if t != o) for row, o in zip(near, own.tolist())]
+    assert caption_ranks(text, images, own, block).tolist() == wanted
+    assert caption_ranks(text * torch.nan, images, own, block).tolist() == [k - 1] * n
+
 
 # ---- ranks and recall
 

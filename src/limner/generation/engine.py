@@ -177,7 +177,8 @@ def _set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
     timesteps, end = scheduler.timesteps, scheduler.config.num_train_timesteps
     # Diffusers rounds the distance between them down, at worst to nothing, and adds an offset that may lead too far
     stays = len(timesteps) > 1 and bool(timesteps[0] == timesteps[-1])
-    if stays or (not timesteps.is_floating_point() and bool(timesteps[0] >= end)):
+    beyond = not timesteps.is_floating_point() and bool(timesteps[0] >= end)
+    if steps > end or stays or beyond:
         raise ConfigError(f"This model's {name} can't take {steps} steps of the {end} of its training; take fewer.")
 
 

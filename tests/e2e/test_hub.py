@@ -292,6 +292,24 @@ def test_offline_the_cache_draws_the_same(before: tuple[User, dict[str, object]]
     assert len(hub.requests) == asked
 
 
+def test_what_a_picture_names_is_not_fetched(user: User, hub: Hub, tmp_path: Path) -> None:
+    user.draws("owner/tiny")
+    [picture] = (tmp_path / "pictures").iterdir()
+    asked = len(hub.requests)
+    again = user.limner("replay", picture)
+    assert (again.returncode, again.stdout) == (0, "identical\n"), again.stderr
+    stranger = User(tmp_path / "stranger", hub.url)
+    for flags in ([], ["--dry-run"]):
+        refused = stranger.limner("replay", picture, *flags)
+        assert refused.returncode == 2
+        assert "drawn with owner/tiny, which is not here; fetch it with --model owner/tiny" in refused.stderr
+    planned = stranger.limner("replay", picture, "--model", "owner/tiny", "--dry-run")
+    assert "owner/tiny, to be fetched" in planned.stdout
+    assert len(hub.requests) == asked
+    fetched = stranger.limner("replay", picture, "--model", "owner/tiny")
+    assert (fetched.returncode, fetched.stdout) == (0, "identical\n"), fetched.stderr
+
+
 def test_without_the_hub_the_cache_draws_the_same(before: tuple[User, dict[str, object]], user: User) -> None:
     gone = User(user.home, "http://127.0.0.1:9")  # nobody listens there
     assert gone.draws("owner/tiny") == before[1]

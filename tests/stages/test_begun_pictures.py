@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import limner
 from limner.artifacts import sha256
+from limner.errors import DataError
 from limner.generation import provenance
 from limner.generation.model import Model
 from limner.models.clip import HALF, Clip
@@ -244,6 +245,14 @@ def test_a_picture_that_was_painted_over_differs_for_no_known_reason(
         {"image": "x"},
         {"prompt": ["A dog."]},
         {"strength": 0.5},
+        {"steps": 3.5},
+        {"seed": 7.0},
+        {"quality": "best"},
+        {"device": None},
+        {"device": {"precision": "fp17"}},
+        {"device": {"engine": "abacus"}},
+        {"versions": 1},
+        {"model": {"ref": "./none", "loras": [{"ref": "x", "weight": 1.0}]}},
     ],
 )
 def test_a_record_that_was_tampered_with_is_refused(
@@ -260,6 +269,18 @@ def test_a_record_that_was_tampered_with_is_refused(
     assert limner("replay", "x.png") == 2
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("missing", ["model.weights", "model.scheduler", "device", "versions", "seed"])
+def test_a_record_that_lacks_something_is_refused(
+    folder: Path, capfd: pytest.CaptureFixture[str], missing: str
+) -> None:
+    [path] = drawn(capfd, "A dog.", "--model", folder)
+    said = provenance.read(path)
+    *outer, last = missing.split(".")
+    del (said[outer[0]] if outer else said)[last]
+    with pytest.raises(DataError, match=f"can't be used \\({missing}: field required\\); another program changed it"):
+        provenance.checked(path, said)
 
 
 def test_a_replay_is_planned_without_drawing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

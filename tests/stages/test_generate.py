@@ -71,6 +71,22 @@ def test_every_flag_reaches_the_picture(folder: Path) -> None:
     assert expected.items() <= record.items()
 
 
+def test_a_size_other_than_trained_is_warned_of(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run(
+        [*LIMNER, "A dog.", "A cat.", "--model", str(folder), "--size", "24x32"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    warning, *others = done.stderr.splitlines()
+    assert warning == f"{folder} was trained at 16x16 pixels; pictures of 24x32 may be worse."
+    assert [line.split()[0] for line in others] == ["Drawing"]
+
+
 def test_an_embedding_and_alternatives_reach_the_picture(folder: Path) -> None:
     save_file({"emb_params": torch.randn(2, 32)}, "toy.safetensors")
     flags = ["--embedding", "toy.safetensors:my-toy", "-n", 3]
@@ -173,6 +189,10 @@ def refusal(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["A dog.", "--steps", "0"], "steps"),
         (["A dog.", "--steps", "1000000000"], "steps"),
         (["A dog.", "-n", "0"], "n: "),
+        (["A dog.", "-n", "1000000000"], "n: "),
+        (["A dog.", "--best-of", "1000000000"], "best_of: "),
+        (["A dog.", "A cat.", "-n", "50000", "--grid", "steps=1,2"], "makes 200000 pictures"),
+        (["A dog.", "--device", "meta"], "no device"),
         (["A dog.", "--seed", "-1"], "seed"),
         (["A dog.", "--guidance", "0.5"], "guidance"),
         (["A dog.", "--guidance", "nan"], "guidance"),

@@ -117,6 +117,13 @@ def test_what_is_not_there_is_said(capfd: Any, arguments: list[str], complaint: 
     assert complaint in said(capfd, "models", *arguments, code=2)
 
 
+def test_plans_fetch_nothing(capfd: Any, tmp_path: Path) -> None:
+    for arguments in (["bench"], ["models", "export", "--to", "openvino"]):
+        plan = said(capfd, *arguments, "nobody/nothing", "--out", tmp_path / "out", "--dry-run")
+        assert "nobody/nothing, to be fetched" in plan
+    assert not list(tmp_path.iterdir())
+
+
 # ---- export
 
 
@@ -205,7 +212,10 @@ def test_bench_draws_the_curve_and_takes_any_judge(folder: Path, tmp_path: Path)
 
 
 def test_bench_judges_with_the_models_own_clip(folder: Path, capfd: Any, tmp_path: Path) -> None:
-    said(capfd, "bench", folder, "--steps", 2, "--schedulers", "euler", "--schedulers", "ddim", "--out", tmp_path)
+    flags = ["--steps", 2, "--steps", 2, "--schedulers", "euler", "--schedulers", "ddim", "--out", tmp_path]
+    plan = dict(line.split(None, 1) for line in said(capfd, "bench", folder, *flags, "--dry-run").splitlines())
+    assert (plan["settings"], plan["pictures"]) == ("2", "9")
+    said(capfd, "bench", folder, *flags)
     rows = read_json(tmp_path / "bench.json")["rows"]
     assert [row["scheduler"] for row in rows] == ["euler", "ddim"]
     assert all(-1 <= row["score"] <= 1 for row in rows)

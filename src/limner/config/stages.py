@@ -12,6 +12,7 @@ from limner.config.base import FLAG, Argument, Flag, StageConfig
 Format = Literal["png", "jpeg", "webp"]
 Precision = Literal["auto", "fp32", "bf16"]
 Engine = Literal["torch", "openvino"]
+MOST_PICTURES = 100_000  # of one command, whose jobs are all in memory
 
 
 class PrepareConfig(StageConfig):
@@ -122,7 +123,7 @@ class GenerateConfig(StageConfig):
     more, [word] less, and of {dog|cat} each picture has one."""
     prompts_file: Annotated[Path | None, Flag(("--prompts",))] = None
     """File with one prompt a line."""
-    n: Annotated[PositiveInt, Flag(("-n",))] = 1
+    n: Annotated[int, Flag(("-n",)), Field(ge=1, le=MOST_PICTURES)] = 1
     """Pictures a prompt; picture i has the seed `seed + i`."""
     seed: Annotated[int, FLAG, Field(ge=0, lt=2**63)] = 0
     """Seed of the first picture; the same seed draws the same picture, whatever the batch."""
@@ -151,7 +152,7 @@ class GenerateConfig(StageConfig):
     variation: Annotated[str | None, FLAG] = None
     """SEED:STRENGTH: turn the noise of `seed` towards that seed's, 0 not at all, 1 all the way; with `n`, that seed
     rises in place of the first."""
-    best_of: Annotated[PositiveInt | None, FLAG] = None
+    best_of: Annotated[int | None, FLAG, Field(ge=1, le=MOST_PICTURES)] = None
     """Draw so many a prompt and keep the `n` that fit it best, as the model's own CLIP sees it."""
     grid: Annotated[str | None, FLAG] = None
     """Draw with each of several values of a setting or two, as "steps=4,8 guidance=1,3", and show all on a grid."""

@@ -131,10 +131,7 @@ def denoise(
     left as it was. Raises ConfigError where the scheduler can't take that many steps.
     """
     scheduler = copy.deepcopy(scheduler)
-    try:
-        scheduler.set_timesteps(steps, device=latents.device)
-    except (ValueError, IndexError) as error:
-        raise ConfigError(f"This model's {type(scheduler).__name__} can't take {steps} steps ({error}).") from None
+    _set_timesteps(scheduler, steps, latents.device)
     embedding, folded = None, is_folded(unet)
     if folded:
         width = unet.config["time_cond_proj_dim"]
@@ -168,6 +165,21 @@ def denoise(
             of = len(timesteps)
             on_step(steps * (i + 1) // of - steps * i // of)
     return latents
+
+
+def _set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Tell the scheduler its timesteps. Raises ConfigError where it can't take that many steps."""
+    name = type(scheduler).__name__
+    try:
+        scheduler.set_timesteps(steps, device=device)
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"This model's {name} can't take {steps} steps ({error}).") from None
+    timesteps, end = scheduler.timesteps, scheduler.config.num_train_timesteps
+    # Diffusers rounds the distance between them down, at worst to nothing, and adds an offset that may lead too far
+    stays = len(timesteps) > 1 and bool(timesteps[0] == timesteps[-1])
+    beyond = not timesteps.is_floating_point() and bool(timesteps[0] >= end)
+    if steps > end or stays or beyond:
+        raise ConfigError(f"This model's {name} can't take {steps} steps of the {end} of its training; take fewer.")
 
 
 @torch.no_grad()

@@ -58,7 +58,10 @@ def axes(text: str) -> tuple[Axis, ...]:
 
 
 def cells(config: GenerateConfig, over: Sequence[Axis]) -> list[GenerateConfig]:
-    """The configuration of each cell, column by column. Raises ConfigError where a value is out of range."""
+    """The configuration of each cell, column by column; one of all without axes.
+
+    Raises ConfigError where a value is out of range.
+    """
     given = config.model_dump(exclude_unset=True)
     names = [axis.name for axis in over]
     return [
@@ -92,4 +95,6 @@ def label(job: Job, names: set[str] | None = None) -> str:
     seeds = [f"seed\u00a0{job.seed}"] if "seed" not in (names or ()) else []
     if job.variation is not None and "variation" not in (names or ()):
         seeds.append(f"variation\u00a0{job.variation.seed}:{job.variation.strength:g}")
-    return f"{job.prompt} ({', '.join(seeds)})" if seeds else job.prompt
+    # Of alternatives each seed has its own
+    prompt = job.template or job.prompt if "seed" in (names or ()) else job.prompt
+    return f"{prompt} ({', '.join(seeds)})" if seeds else prompt

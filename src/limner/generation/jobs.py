@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from limner.config.stages import MOST_PICTURES
 from limner.diffusion import samplers
 from limner.errors import ConfigError, ModelError
 from limner.generation import language
@@ -18,6 +20,8 @@ from limner.generation.sources import Source
 from limner.models import hub, inversion, loading
 from limner.models.inversion import Inversion
 from limner.models.lora import Lora, find
+
+log = logging.getLogger(__name__)
 
 STABLE_DIFFUSION = {
     "text_encoder": loading.CLASSES["text_encoder"],
@@ -193,8 +197,10 @@ def make_jobs(
     """
     if n < 1:
         raise ConfigError(f"n must be 1 or more, not {n}.")
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed must be from 0 to 2^63 - 1, not {seed}.")
+    check_count(n * max(len(prompts), 1))
+    rising = n - 1 if variation is None else 0
+    if not 0 <= seed < 2**63 - rising:
+        raise ConfigError(f"seed must be from 0 to 2^63 - 1, and so the seeds that follow it, not {seed}.")
     steps = spec.steps if steps is None else steps
     guidance = spec.guidance if guidance is None else guidance
     _check_numbers(steps, guidance)
@@ -210,7 +216,7 @@ def make_jobs(
     settings = Job("", "", 0, steps, guidance, width, height, scheduler, guidance_rescale, reuse)
     settings = replace(settings, image=image, mask=mask, strength=strength)
     negative = texts.checked_negative(negative)
-    first = _variation(spec, variation)
+    first = _variation(spec, variation, n)
     own = [(seed + i, None) if first is None else (seed, replace(first, seed=first.seed + i)) for i in range(n)]
     return [
         _worded(replace(settings, variation=varied), texts.checked(prompt), negative, number)
@@ -234,6 +240,20 @@ def _worded(settings: Job, template: str, negative_template: str, seed: int) -> 
         template=None if template == prompt else template,
         negative_template=None if negative_template == negative else negative_template,
     )
+
+
+def check_count(pictures: int) -> None:
+    """Raise ConfigError where those are more pictures than jobs fit into memory."""
+    if pictures > MOST_PICTURES:
+        raise ConfigError(f"That makes {pictures} pictures, and {MOST_PICTURES} can be drawn at a time; draw fewer.")
+
+
+def warn_of_sizes(spec: Spec, jobs: Sequence[Job]) -> None:
+    """Say once which of the jobs' sizes the model was not trained at, where it tells the one that it was."""
+    sizes = dict.fromkeys((job.width, job.height) for job in jobs)
+    if spec.size is not None and (others := [size for size in sizes if size != spec.size]):
+        at = ", ".join(f"{width}x{height}" for width, height in others)
+        log.warning("%s was trained at %dx%d pixels; pictures of %s may be worse.", spec.ref, *spec.size, at)
 
 
 def _check_numbers(steps: int | None, guidance: float | None) -> None:
@@ -273,7 +293,8 @@ def _shaped(spec: Spec, image: Source) -> tuple[int, int]:
     return width, height
 
 
-def _variation(spec: Spec, text: str | None) -> Variation | None:
+def _variation(spec: Spec, text: str | None, n: int) -> Variation | None:
+    """The first of `n` variations, whose seeds follow each other. Raises ConfigError."""
     if text is None:
         return None
     if not spec.own_loop:
@@ -283,7 +304,7 @@ def _variation(spec: Spec, text: str | None) -> Variation | None:
         variation = Variation(int(seed), float(strength))
     except ValueError:
         variation = None
-    if variation is None or not (0 <= variation.seed < 2**63 and 0 <= variation.strength <= 1):
+    if variation is None or not (0 <= variation.seed <= 2**63 - n and 0 <= variation.strength <= 1):
         raise ConfigError(f"The variation {text!r} is not SEED:STRENGTH, such as 8:0.2, with a strength from 0 to 1.")
     return variation
 

@@ -24,11 +24,11 @@ MOST_WEIGHT = 100.0  # far beyond what draws anything, far below what a float ca
 
 MARKS = re.compile(
     r"\\[\\()\[\]{}|]"  # an escaped character
-    r"|:\s*(?P<weight>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*\)"
+    r"|:\s*+(?P<weight>[+-]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++))\s*+\)"  # `+` behind: no way back, so that time is linear
     r"|[()\[\]]"
     r"|[^\\()\[\]:]+|[\\:]"
 )
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"(?:(?<!\s)\s++)?\bBREAK\b\s*+")
 ALTERNATIVES = re.compile(r"\\.|[{|}]|[^\\{|}]+|\\", re.DOTALL)
 OFTEN = re.compile(r"\s*(?P<times>[0-9]{1,6}(?:\.[0-9]{1,6})?)::")
 
@@ -45,17 +45,21 @@ def parse(prompt: str) -> list[list[Span]]:
 
     Raises ConfigError where nested weights leave [-100, 100].
     """
-    spans: list[Span | None] = []  # None is a BREAK
+    texts: list[str | None] = []  # None is a BREAK
+    weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
+    def add(text: str | None) -> None:
+        texts.append(text)
+        weights.append(1.0)
+
     def close(start: int, factor: float) -> None:
-        for i, span in enumerate(spans[start:], start):
-            spans[i] = span and Span(span.text, span.weight * factor)
+        weights[start:] = [weight * factor for weight in weights[start:]]
 
     for found in MARKS.finditer(prompt):
         mark = found[0]
         if mark in opened:
-            opened[mark].append(len(spans))
+            opened[mark].append(len(texts))
         elif found["weight"] and opened["("]:
             close(opened["("].pop(), float(found["weight"]))
         elif mark == ")" and opened["("]:
@@ -63,15 +67,17 @@ def parse(prompt: str) -> list[list[Span]]:
         elif mark == "]" and opened["["]:
             close(opened["["].pop(), SQUARE)
         elif len(mark) == 2 and mark[0] == "\\":
-            spans.append(Span(mark[1], 1.0))
+            add(mark[1])
         else:
             for i, text in enumerate(BREAK.split(mark)):
-                spans += [None] * (i > 0) + [Span(text, 1.0)]
+                if i > 0:
+                    add(None)
+                add(text)
     for start in opened["("]:
         close(start, ROUND)
     for start in opened["["]:
         close(start, SQUARE)
-    return _merged(spans)
+    return _merged([None if text is None else Span(text, weight) for text, weight in zip(texts, weights)])
 
 
 def _merged(spans: list[Span | None]) -> list[list[Span]]:

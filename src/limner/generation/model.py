@@ -18,7 +18,7 @@ from limner import artifacts
 from limner.errors import ConfigError, ModelError
 from limner.generation import painters, provenance, ranking, setup, sources
 from limner.generation.engine import OnStep
-from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec
+from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec, warn_of_sizes
 from limner.generation.painters import LatentDiffusion, OnPreview, Painter, Pipeline
 from limner.models import inversion, lora
 from limner.models.inversion import Inversion
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from limner.config import Engine, Format, Precision
+
+
+DEVICES = ("cpu", "cuda", "mps")
+"""Those of torch's that compute pictures."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class Model:
         self.setup = setup.choose(self.device, precision, low_memory, engine)
         self.loras = loras
         self.embeddings = embeddings
-        self.painter = self._new_painter()
+        with painters.enough_memory("this model", "draw with --low-memory, or choose a smaller one"):
+            self.painter = self._new_painter()
 
     @classmethod
     def load(
@@ -178,6 +183,7 @@ class Model:
             mask=None if mask is None else sources.read_mask(Path(mask)),
             strength=strength,
         )
+        warn_of_sizes(self.spec, jobs)
         pictures = self.draw(jobs, batch_size=batch_size, on_step=on_step, on_preview=on_preview)
         return Pictures(tuple(pictures if best_of is None else self.best(pictures, n, best_of)))
 
@@ -223,7 +229,8 @@ class Model:
     @functools.cached_property
     def ranker(self) -> ranking.Ranker:
         """The model's own CLIP. Raises ModelError."""
-        return ranking.Ranker(self.spec, self.device)
+        with painters.enough_memory("the model's CLIP", "leave out best_of"):
+            return ranking.Ranker(self.spec, self.device)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -295,5 +302,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise ConfigError(f"There is no device {name!r} here; leave out --device, or name cpu or cuda.") from None
+        device = None
+    if device is None or device.type not in DEVICES:
+        raise ConfigError(f"There is no device {name!r} here; leave out --device, or name cpu or cuda.")
     return device

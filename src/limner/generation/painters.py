@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,7 +107,7 @@ class LatentDiffusion:
             group = list(alike)
             for start in range(0, len(group), most):
                 batch = group[start : start + most]
-                with loading.quiet(), _enough_memory(batch):
+                with loading.quiet(), _enough_to_draw(batch):
                     images = self._draw(batch, on_step, on_preview)
                 yield from images
 
@@ -249,7 +249,8 @@ class Pipeline:
             )
 
     def settle(self, job: Job) -> Job:
-        """Steps and guidance are the pipeline's own when left out; a prompt that it would cut is refused."""
+        """Steps and guidance are the pipeline's own when left out, and guidance stays None where it has none; a prompt
+        that it would cut is refused."""
         given = {"negative": job.negative, "guidance": job.guidance, "guidance_rescale": job.guidance_rescale}
         for setting, value in given.items():
             if value and PIPELINE_OPTIONS[setting] not in self.takes:
@@ -262,10 +263,13 @@ class Pipeline:
             if not self.takes_any_scheduler:
                 raise ConfigError(f"{self.name} draws with its own scheduler alone; leave out --scheduler.")
             scheduler_for(self, job)
-        if not self._reads_whole(job.prompt):
-            raise ConfigError(f"The prompt {job.prompt[:40]!r}... is longer than {self.name} reads; shorten it.")
+        for what, text in (("prompt", job.prompt), ("negative prompt", job.negative)):
+            if not self._reads_whole(text):
+                raise ConfigError(f"The {what} {text[:40]!r}... is longer than {self.name} reads; shorten it.")
         steps = job.steps or self._default("num_inference_steps") or STEPS
-        guidance = job.guidance or self._default("guidance_scale") or GUIDANCE
+        guidance = job.guidance
+        if PIPELINE_OPTIONS["guidance"] in self.takes:
+            guidance = guidance or self._default(PIPELINE_OPTIONS["guidance"]) or GUIDANCE
         return replace(job, steps=steps, guidance=guidance)
 
     def paint(
@@ -273,7 +277,7 @@ class Pipeline:
     ) -> Iterator[Image]:
         """One call a job, without previews."""
         for job in jobs:
-            with loading.quiet(), _enough_memory([job]):
+            with loading.quiet(), _enough_to_draw([job]):
                 image = self._draw(job)
             if on_step is not None:
                 on_step(job.steps or 0)
@@ -312,16 +316,21 @@ class Pipeline:
         return not tokenizers or any(length <= limit for length, limit in zip(lengths, limits))
 
 
+def _enough_to_draw(jobs: Sequence[Job]) -> AbstractContextManager[None]:
+    """Say in one sentence that the memory is too small to draw these at once."""
+    what = f"{len(jobs)} of {jobs[0].width}x{jobs[0].height} at once" if len(jobs) > 1 else "a picture of this size"
+    return enough_memory(what, "choose a smaller --size or batch_size, or --low-memory")
+
+
 @contextmanager
-def _enough_memory(jobs: Sequence[Job]) -> Iterator[None]:
-    """Say in one sentence that the memory is too small."""
+def enough_memory(what: str, remedy: str) -> Iterator[None]:
+    """Raise ConfigError where the memory is too small for `what`."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not loading.is_out_of_memory(error):
             raise
-        what = f"{len(jobs)} of {jobs[0].width}x{jobs[0].height} at once" if len(jobs) > 1 else "a picture of this size"
-        raise ConfigError(f"The memory is too small for {what}; choose a smaller --size or batch_size.") from None
+        raise ConfigError(f"The memory is too small for {what}; {remedy}.") from None
 
 
 def scheduler_for(painter: Painter, job: Job) -> Any:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from limner.errors import ConfigError
 from limner.generation import language
 from limner.models import inversion
 
 T = TypeVar("T")
+
+MOST_CHARACTERS = 10_000  # of a prompt: a hundred times what anybody writes, and read at once
+MOST_BYTES = 100_000_000  # of prompts
 
 
 class Piece(NamedTuple):
@@ -40,6 +43,10 @@ def _text(text: str, what: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ConfigError(f"{what} {ascii(text)[:80]} is not valid UTF-8; write it again.") from None
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(
+            f"{what} {text[:40]!r}... has {len(text)} characters, and {MOST_CHARACTERS} are read; shorten it."
+        )
     if "\0" in text:
         raise ConfigError(f"{what} {ascii(text)[:80]} has a null character in it; take it out.")
     return text
@@ -53,7 +60,8 @@ def from_lines(text: str) -> list[str]:
 def from_file(file: Path) -> list[str]:
     """The prompts of a UTF-8 file, one a line. Raises ConfigError where it can't be read or has none."""
     try:
-        prompts = from_lines(file.read_text(encoding="utf-8-sig"))
+        with file.open("rb") as opened:
+            prompts = from_lines(_decoded(opened, f"The prompts file {file}"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"The prompts file {file} can't be read ({reason}).") from None
@@ -65,9 +73,17 @@ def from_file(file: Path) -> list[str]:
 def from_stdin() -> list[str]:
     """The prompts that are piped in, one a line; none where nothing is. Raises ConfigError where they are not UTF-8."""
     try:
-        return from_lines(sys.stdin.buffer.read().decode("utf-8-sig"))
+        return from_lines(_decoded(sys.stdin.buffer, "Standard input"))
     except UnicodeDecodeError:
         raise ConfigError("The prompts on standard input are not UTF-8; convert them.") from None
+
+
+def _decoded(stream: BinaryIO, what: str) -> str:
+    """All text of a stream. Raises ConfigError where there is too much, UnicodeDecodeError where it is none."""
+    data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ConfigError(f"{what} has more than {MOST_BYTES // 10**6} MB of prompts; take fewer.")
+    return data.decode("utf-8-sig")
 
 
 def length_of(text_encoder: Any, tokenizer: Any) -> int:

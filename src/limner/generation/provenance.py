@@ -17,9 +17,12 @@ from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from limner import artifacts
+from limner.config import Engine
 from limner.diffusion import samplers
 from limner.errors import DataError
 from limner.generation import files
@@ -96,7 +99,7 @@ def parameters(record: dict[str, Any]) -> str:
     settings = {
         "Steps": record["steps"],
         "Sampler": samplers.label(record["scheduler"], model["scheduler"]),
-        "CFG scale": f"{record['guidance']:g}",
+        **({} if record["guidance"] is None else {"CFG scale": f"{record['guidance']:g}"}),
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
         "Model hash": model["sha256"][:10],
@@ -188,3 +191,81 @@ def parsed(file: Path, text: str) -> dict[str, Any]:
     if known != FORMAT:
         raise DataError(f"{file} was drawn by another version of Limner, whose record this one can't read.")
     return dict(record)
+
+
+class _Part(BaseModel):
+    """What of a record is read to draw the picture again; there may be more in it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _File(_Part):
+    file: str
+    sha256: str
+
+
+class _Variation(_Part):
+    seed: int
+    strength: float
+
+
+class _Lora(_Part):
+    ref: str
+    sha256: str
+    weight: float
+
+
+class _Embedding(_Part):
+    ref: str
+    sha256: str
+    token: str
+
+
+class _Model(_Part):
+    ref: str
+    scheduler: dict[str, Any]
+    weights: dict[str, str]
+    loras: list[_Lora]
+    embeddings: list[_Embedding] = []
+
+
+class _Device(_Part):
+    precision: Literal["fp32", "bf16"] = "fp32"
+    low_memory: bool = False
+    engine: Engine = "torch"
+
+
+class _Record(_Part):
+    """Those with a default are not in every record: Limner's earlier ones had no such setting."""
+
+    prompt: str
+    negative: str
+    seed: int
+    steps: int | None
+    guidance: float | None
+    width: int
+    height: int
+    scheduler: str | None = None
+    guidance_rescale: float = 0.0
+    reuse: int = 1
+    variation: _Variation | None = None
+    image: _File | None = None
+    mask: _File | None = None
+    strength: float | None = None
+    quality: int = Field(default=95, ge=1, le=100)
+    model: _Model
+    device: _Device
+    versions: dict[str, str]
+
+
+def checked(file: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a file with what a picture is drawn from, and no more. Raises DataError where another program
+    changed it."""
+    try:
+        return _Record.model_validate(record).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"The record in {file} can't be used ({where}: {first['msg'].lower()}); another program changed it."
+        ) from None

@@ -6,7 +6,7 @@ import ctypes
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -41,8 +41,11 @@ def choose(
 ) -> Setup:
     """`auto` is bf16 where the device can multiply it fast, which no clock decides, or memory is short; else fp32.
 
-    Raises ConfigError where the engine is not installed, or not for this.
+    Raises ConfigError where there is no such precision or engine, or the engine is not installed, or not for this.
     """
+    for what, name, known in (("precision", precision, get_args(Precision)), ("engine", engine, get_args(Engine))):
+        if name not in known:
+            raise ConfigError(f"There is no {what} {name!r}; choose one of {', '.join(known)}.")
     if engine == "openvino":
         from limner.models import export
 

@@ -66,6 +66,11 @@ def resolve(ref: str) -> Path:
     raise ModelError(f"There is no model folder {ref}; name one that exists, a hub id or builtin.")
 
 
+def resolve_here(ref: str) -> Path | None:
+    """As `resolve`, of what is on this machine; None for a hub id that would have to be fetched. Raises ModelError."""
+    return hub.cached(ref) if is_hub_id(ref) else resolve(ref)
+
+
 def is_hub_id(ref: str) -> bool:
     """Whether a reference to a model means one on the hub: neither `builtin` nor anything that lies here."""
     return ref != "builtin" and not _path(ref).exists() and hub.looks_like_hub_id(ref)
@@ -184,9 +189,17 @@ def reading(what: str, folder: Path) -> Iterator[None]:
         with quiet():
             yield
     except Exception as error:  # some raise a bare Exception; nothing of ours runs in here
+        if is_out_of_memory(error):
+            raise
         told = re.sub(r":\s*\n\s*", ": ", str(error)).strip()  # a line that ends in a colon says nothing yet
         reason = told.split("\n")[0].rstrip(".") or type(error).__name__
         raise ModelError(f"The {what} in {folder} can't be read ({reason}); fetch or make it again.") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python's or torch's says that memory, of the machine or a GPU, is too small."""
+    told = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    return bool(told) or isinstance(error, MemoryError)
 
 
 def variant(names: Iterable[str]) -> str | None:

@@ -13,9 +13,12 @@ from limner import artifacts
 from limner.config import BenchConfig
 from limner.errors import ModelError
 from limner.generation.jobs import Spec, make_jobs, read_spec
+from limner.models import loading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from limner.config import Engine, Precision
 
 Score = Callable[[Sequence["Image"], Sequence[str]], list[float]]
 """How good each picture is for its prompt; more is better."""
@@ -43,14 +46,25 @@ def run(config: BenchConfig, score: Score | None = None) -> Path:
 
 
 def plan(config: BenchConfig) -> dict[str, Any]:
-    """What `run` would measure."""
-    settings = len(config.steps) * max(len(config.schedulers), 1) * len(config.precisions) * len(config.engines)
+    """What `run` would measure; nothing is fetched."""
+    models, settings = len(_models(config)), len(_settings(config))
+    there = loading.resolve_here(config.model)
     return {
-        "model": read_spec(config.model).ref,
-        "settings": settings,
-        "pictures": settings * (len(config.prompts) + 1),
+        "model": f"{config.model}, to be fetched" if there is None else read_spec(config.model, there).ref,
+        "settings": models * settings,
+        "pictures": models * (settings * len(config.prompts) + 1),
         "out": config.out,
     }
+
+
+def _models(config: BenchConfig) -> list[tuple[Precision, Engine]]:
+    """The precisions and engines that a model is loaded for, each pair once."""
+    return list(dict.fromkeys(itertools.product(config.precisions, config.engines)))
+
+
+def _settings(config: BenchConfig) -> list[tuple[str | None, int]]:
+    """The schedulers and steps that each of those draws with, each pair once."""
+    return list(dict.fromkeys(itertools.product(config.schedulers or (None,), config.steps)))
 
 
 def measure(config: BenchConfig, spec: Spec, score: Score) -> list[dict[str, Any]]:
@@ -61,9 +75,9 @@ def measure(config: BenchConfig, spec: Spec, score: Score) -> list[dict[str, Any
     from limner.generation.model import Model
 
     rows = []
-    for precision, engine in dict.fromkeys(itertools.product(config.precisions, config.engines)):
+    settings = _settings(config)
+    for precision, engine in _models(config):
         model = Model(spec, config.device, precision=precision, engine=engine)
-        settings = list(itertools.product(config.schedulers or (None,), config.steps))
         jobs = {
             (scheduler, steps): make_jobs(spec, config.prompts, steps=steps, scheduler=scheduler)
             for scheduler, steps in settings
@@ -97,7 +111,6 @@ def _own_clip(spec: Spec) -> Score:
     import torch
 
     from limner.data.pictures import centre_box, to_pixels
-    from limner.models import loading
 
     clip = loading.load_clip(str(spec.folder))
 

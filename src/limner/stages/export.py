@@ -20,7 +20,7 @@ def run(config: ExportConfig) -> Path:
 
     Raises ConfigError and ModelError.
     """
-    spec, (width, height) = _read(config)
+    spec, (width, height) = _read(config, None)
     from limner.models import export
 
     export.require(config.to)
@@ -45,8 +45,11 @@ def run(config: ExportConfig) -> Path:
 
 
 def plan(config: ExportConfig) -> dict[str, Any]:
-    """What `run` would write."""
-    spec, (width, height) = _read(config)
+    """What `run` would write; nothing is fetched."""
+    there = loading.resolve_here(config.model)
+    if there is None:
+        return {"model": f"{config.model}, to be fetched", "format": config.to, "out": config.out}
+    spec, (width, height) = _read(config, there)
     return {
         "model": f"{spec.ref} ({spec.pipeline})",
         "format": config.to,
@@ -56,9 +59,9 @@ def plan(config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def _read(config: ExportConfig) -> tuple[Spec, tuple[int, int]]:
-    """The model, and width and height in pixels."""
-    spec = read_spec(config.model)
+def _read(config: ExportConfig, folder: Path | None) -> tuple[Spec, tuple[int, int]]:
+    """The model, read from `folder` where that is known already, and width and height in pixels."""
+    spec = read_spec(config.model, folder)
     if not spec.own_loop:
         raise ModelError(f"{spec.ref} is a {spec.pipeline}; only Stable Diffusion 1 and 2 can be exported.")
     out = config.out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -17,8 +18,18 @@ from limner.diffusion import samplers
 from limner.errors import ConfigError
 from limner.generation import grids, provenance, ranking, sheets, sources, terminal
 from limner.generation import prompts as texts
-from limner.generation.jobs import Job, Spec, count_parameters, make_jobs, read_embeddings, read_loras, read_spec
-from limner.models import hub, loading
+from limner.generation.jobs import (
+    Job,
+    Spec,
+    check_count,
+    count_parameters,
+    make_jobs,
+    read_embeddings,
+    read_loras,
+    read_spec,
+    warn_of_sizes,
+)
+from limner.models import loading
 from limner.models.inversion import Inversion
 from limner.models.lora import Lora
 
@@ -95,11 +106,11 @@ def _previewer(file: Path) -> OnPreview:
 
 def plan(config: GenerateConfig) -> dict[str, Any]:
     """What `run` would draw, with what, and what is known of its cost; nothing is fetched or written."""
-    cached = hub.cached(config.model) if loading.is_hub_id(config.model) else None
-    if loading.is_hub_id(config.model) and cached is None:
+    there = loading.resolve_here(config.model)
+    if there is None:
         pictures = len(_prompts(config)) * config.n
         return {"model": f"{config.model}, to be fetched; its size is not known yet", "pictures": pictures}
-    spec, loras, embeddings, cells = _read(config, cached)
+    spec, loras, embeddings, cells = _read(config, there)
     jobs = [job for cell in cells for job in cell]
     first, counts = jobs[0], count_parameters(spec)
     seeds = sorted({job.seed for job in jobs})
@@ -130,7 +141,10 @@ def _read(
     the cells of the grid; without one all are in one."""
     prompts = _prompts(config)
     _check_out(config.out)
-    cells = [config] if config.grid is None else grids.cells(config, grids.axes(config.grid))
+    n = config.n if config.best_of is None else config.best_of
+    over = () if config.grid is None else grids.axes(config.grid)
+    check_count(math.prod(len(axis.values) for axis in over) * n * len(prompts))
+    cells = grids.cells(config, over)
     image = None if config.image is None else sources.read_picture(config.image)
     mask = None if config.mask is None else sources.read_mask(config.mask)
     if config.show:
@@ -145,7 +159,7 @@ def _read(
         make_jobs(
             spec,
             prompts,
-            n=config.n if config.best_of is None else config.best_of,
+            n=n,
             seed=cell.seed,
             steps=cell.steps,
             guidance=cell.guidance,
@@ -161,6 +175,7 @@ def _read(
         )
         for cell in cells
     ]
+    warn_of_sizes(spec, [job for cell in jobs for job in cell])
     return spec, loras, embeddings, jobs
 
 

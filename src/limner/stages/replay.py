@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from limner.config import ReplayConfig
-from limner.errors import DataError
+from limner.errors import ModelError
 from limner.generation import files, provenance, sources
 from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec
+from limner.models import loading
+from limner.models.inversion import Inversion
+from limner.models.lora import Lora
 
 
 def run(config: ReplayConfig) -> int:
@@ -21,21 +25,22 @@ def run(config: ReplayConfig) -> int:
 
     image, kind, text = files.read(config.image)
     record = provenance.parsed(config.image, text)
-    spec, (loras, embeddings), job = _read(config, record)
+    said = provenance.checked(config.image, record)
+    spec, (loras, embeddings), job = _read(config, said, _place(config, said))
     from limner.generation.model import Model
 
-    drawn_on = record["device"]
+    drawn_on = said["device"]
     model = Model(
         spec,
         config.device,
         loras,
         embeddings,
-        drawn_on.get("precision", "fp32"),
-        drawn_on.get("low_memory", False),
-        drawn_on.get("engine", "torch"),
+        drawn_on["precision"],
+        drawn_on["low_memory"],
+        drawn_on["engine"],
     )
     picture = next(model.draw([job]))
-    again = picture.image if kind == "png" else files.reencoded(picture.image, kind, record["quality"])
+    again = picture.image if kind == "png" else files.reencoded(picture.image, kind, said["quality"])
     differences = provenance.differences(record, picture.record)
     one, other = (np.asarray(each.convert("RGB")).astype(int) for each in (image, again))
     same = one.shape == other.shape and not (one != other).any()
@@ -51,52 +56,63 @@ def run(config: ReplayConfig) -> int:
     if same:
         return 0
     if not differences:
-        print("  code, weights and device are the same: the file was changed, or the device draws not always alike")
+        print(
+            "  versions, weights and device are the same: the file was changed, or Limner's code within its version, "
+            "or the device draws not always alike"
+        )
     print(picture.save(config.out))
     return 1
 
 
 def plan(config: ReplayConfig) -> dict[str, Any]:
-    """What would be drawn again; nothing is loaded."""
-    record = provenance.read(config.image)
-    spec, _, job = _read(config, record)
-    return {
-        "model": f"{spec.ref} ({spec.pipeline})",
-        "prompt": job.prompt,
-        "seed": job.seed,
-        "size": f"{job.width}x{job.height} pixels",
-        "steps": job.steps_taken,
+    """What would be drawn again; nothing is loaded or fetched."""
+    said = provenance.checked(config.image, provenance.read(config.image))
+    drawing = {
+        "prompt": said["prompt"],
+        "seed": said["seed"],
+        "size": f"{said['width']}x{said['height']} pixels",
     }
+    place = _place(config, said)
+    if place is None:
+        return {"model": f"{config.model}, to be fetched", **drawing}
+    spec, _, job = _read(config, said, place)
+    return {"model": f"{spec.ref} ({spec.pipeline})", **drawing, "steps": job.steps_taken}
 
 
-def _read(config: ReplayConfig, record: dict[str, Any]) -> tuple[Spec, tuple[Any, Any], Job]:
-    """The model, the LoRAs and textual inversions added to it, and the job of a record.
+def _place(config: ReplayConfig, said: dict[str, Any]) -> Path | None:
+    """The folder of the model; None where `--model` names one to be fetched.
 
-    Raises DataError where it is not one that Limner wrote.
+    What a picture names is not fetched, as it may be a stranger's. Raises ModelError where it is not here.
     """
-    try:
-        model = record["model"]
-        loras = [f"{lora['ref']}:{lora['weight']!r}" for lora in model["loras"]]
-        embeddings = [f"{added['ref']}:{added['token']}" for added in model.get("embeddings", [])]
-        image, mask = record.get("image"), record.get("mask")
-        variation = record.get("variation") and "{seed}:{strength!r}".format(**record["variation"])
-        spec = read_spec(config.model or model["ref"])
-        [job] = make_jobs(
-            spec,
-            [record["prompt"]],
-            seed=record["seed"],
-            steps=record["steps"],
-            guidance=record["guidance"],
-            negative=record["negative"],
-            size=f"{record['width']}x{record['height']}",
-            scheduler=record.get("scheduler"),
-            guidance_rescale=record.get("guidance_rescale", 0.0),
-            reuse=record.get("reuse", 1),
-            variation=variation,
-            image=image and sources.read_picture(Path(image["file"])),
-            mask=mask and sources.read_mask(Path(mask["file"])),
-            strength=record.get("strength"),
-        )
-        return spec, (read_loras(spec, loras), read_embeddings(spec, embeddings)), job
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"The record in {config.image} can't be used ({error}); another program changed it.") from None
+    ref = config.model or said["model"]["ref"]
+    place = loading.resolve_here(ref)
+    if place is None and config.model is None:
+        raise ModelError(f"{config.image} was drawn with {ref}, which is not here; fetch it with --model {ref}.")
+    return place
+
+
+def _read(
+    config: ReplayConfig, said: dict[str, Any], folder: Path | None
+) -> tuple[Spec, tuple[Sequence[Lora], Sequence[Inversion]], Job]:
+    """The model, the LoRAs and textual inversions added to it, and the job of a record. Raises as `generate`."""
+    model, variation, image, mask = (said[name] for name in ("model", "variation", "image", "mask"))
+    spec = read_spec(config.model or model["ref"], folder)
+    [job] = make_jobs(
+        spec,
+        [said["prompt"]],
+        seed=said["seed"],
+        steps=said["steps"],
+        guidance=said["guidance"],
+        negative=said["negative"],
+        size=f"{said['width']}x{said['height']}",
+        scheduler=said["scheduler"],
+        guidance_rescale=said["guidance_rescale"],
+        reuse=said["reuse"],
+        variation=variation and f"{variation['seed']}:{variation['strength']!r}",
+        image=image and sources.read_picture(Path(image["file"])),
+        mask=mask and sources.read_mask(Path(mask["file"])),
+        strength=said["strength"],
+    )
+    loras = [f"{lora['ref']}:{lora['weight']!r}" for lora in model["loras"]]
+    embeddings = [f"{added['ref']}:{added['token']}" for added in model["embeddings"]]
+    return spec, (read_loras(spec, loras), read_embeddings(spec, embeddings)), job

@@ -7,18 +7,15 @@ from typing import Any
 
 from limner.config import ShowModelConfig
 from limner.errors import ModelError
-from limner.models import hub, loading
+from limner.models import loading
 
 
 def run(config: ShowModelConfig) -> None:
     """Print what is known of a model that is here; nothing is fetched. Raises ModelError."""
     ref = config.model
-    if loading.is_hub_id(ref):
-        folder = hub.cached(ref)
-        if folder is None:
-            raise ModelError(f"There is no model folder {ref}, nor is it in the hub's cache; limner models pull {ref}.")
-    else:
-        folder = loading.resolve(ref)
+    folder = loading.resolve_here(ref)
+    if folder is None:
+        raise ModelError(f"There is no model folder {ref}, nor is it in the hub's cache; limner models pull {ref}.")
     from limner.generation import catalogue
 
     facts = catalogue.facts(catalogue.look_into(ref, folder))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
+from limner.diffusion import samplers
 from limner.errors import ConfigError
 from limner.generation.engine import (
     denoise,
@@ -206,3 +209,22 @@ def test_a_painting_keeps_to_the_range_of_pixels(model: Model) -> None:
 def test_each_prompt_wants_a_seed(model: Model) -> None:
     with pytest.raises(ValueError):
         painted(model, ["A dog.", "A cat."], [0])
+
+
+class Still:
+    """A U-Net that sees no noise anywhere."""
+
+    config: ClassVar[dict[str, Any]] = {}
+
+    def __call__(self, latents: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        return (torch.zeros_like(latents),)
+
+
+@pytest.mark.parametrize("name", samplers.fitting({}))
+def test_as_many_steps_as_there_are_draw_or_are_refused(name: str) -> None:
+    """Diffusers' "leading" timesteps, which are Stable Diffusion's, then lead beyond the end or stand still."""
+    given = DDIMScheduler(num_train_timesteps=40, timestep_spacing="leading", clip_sample=False)
+    noise, states = torch.randn(1, 4, 2, 2), torch.zeros(1, 77, 8)
+    for steps in (39, 40, 41, 1000):
+        with suppress(ConfigError):
+            denoise(Still(), samplers.named(name, given), noise, states, steps=steps, guidance=1.0)

@@ -77,6 +77,11 @@ def test_labels_leave_out_what_an_axis_says() -> None:
     assert label(job, {"seed", "variation"}) == "A dog."
 
 
+def test_a_label_for_several_seeds_says_all_alternatives() -> None:
+    job = Job("A dog.", "", 7, 4, 1.0, 8, 8, template="A {dog|cat}.")
+    assert (label(job, {"seed"}), label(job, {"steps"})) == ("A {dog|cat}.", "A dog. (seed\u00a07)")
+
+
 def test_pictures_of_several_sizes_stand_on_one_grid() -> None:
     small, large = squares(1, 8)[0], Image.new("RGB", (30, 50), "blue")
     sheet = sheets.grid({"a": [small, large], "b": [large.copy(), small.copy()]}, ["one", "two"])

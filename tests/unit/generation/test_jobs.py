@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limner.errors import ConfigError, ModelError
-from limner.generation.jobs import Spec, count_parameters, make_jobs, read_spec
+from limner.generation.jobs import Spec, count_parameters, make_jobs, read_spec, warn_of_sizes
 from tiny import tiny_model, tiny_taesd, tiny_text_encoder, tiny_unet, tiny_vae
 
 
@@ -100,8 +100,11 @@ def test_the_sizes_that_a_refusal_names_fit(width: int, height: int, factor: int
     ("settings", "complaint"),
     [
         ({"n": 0}, "n must"),
+        ({"n": 10**9}, "1000000000 pictures, and 100000 can be drawn at a time"),
         ({"seed": -1}, "seed must"),
         ({"seed": 2**63}, "seed must"),
+        ({"seed": 2**63 - 1, "n": 2}, "seed must"),
+        ({"variation": f"{2**63 - 1}:0.2", "n": 2}, "variation"),
         ({"steps": 0}, "steps must"),
         ({"steps": -4}, "steps must"),
         ({"steps": 1001}, "steps must"),
@@ -114,6 +117,19 @@ def test_the_sizes_that_a_refusal_names_fit(width: int, height: int, factor: int
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         make_jobs(spec(), ["A dog."], **settings)
+
+
+def test_a_size_other_than_trained_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_sizes(spec(), [job for size in (512, 64, "64x8", 64) for job in make_jobs(spec(), ["A dog."], size=size)])
+    assert caplog.messages == ["m was trained at 512x512 pixels; pictures of 64x64, 64x8 may be worse."]
+    warn_of_sizes(spec(), make_jobs(spec(), ["A dog.", "A cat."]))
+    assert len(caplog.messages) == 1
+
+
+def test_the_last_seeds_are_drawn() -> None:
+    assert [job.seed for job in make_jobs(spec(), ["A dog."], seed=2**63 - 2, n=2)] == [2**63 - 2, 2**63 - 1]
+    around = make_jobs(spec(), ["A dog."], seed=2**63 - 1, n=2, variation=f"{2**63 - 2}:0.2")
+    assert [job.variation and job.variation.seed for job in around] == [2**63 - 2, 2**63 - 1]
 
 
 def test_each_prompt_has_its_seeds() -> None:

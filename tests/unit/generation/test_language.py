@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -88,6 +89,16 @@ def test_a_weight_beyond_all_sense_is_named(prompt: str) -> None:
         language.parse(prompt)
 
 
+@pytest.mark.parametrize(
+    "prompt", [":" + "9" * 50_000, "(:" + " " * 50_000, " " * 50_000, "[a" * 5_000, ":9. " * 9_999]
+)
+def test_no_prompt_takes_long_to_read(prompt: str) -> None:
+    started = time.process_time()
+    language.parse(prompt)
+    language.marked(prompt)
+    assert time.process_time() - started < 10, "seconds; with a way back it is minutes"
+
+
 # ---- alternatives
 
 
@@ -171,7 +182,7 @@ def test_an_alternative_that_leaves_nothing_is_named() -> None:
 settings_of_jobs = st.fixed_dictionaries(
     {"prompts": st.lists(fragments, max_size=3)},
     optional={
-        "n": st.integers(-1, 4),
+        "n": st.integers(-1, 4) | st.just(10**9),
         "seed": st.integers(-1, 2**63),
         "steps": st.integers(-1, 1002) | st.just(10**9),
         "guidance": st.floats(),

@@ -44,12 +44,11 @@ def test_a_picture_does_not_depend_on_those_beside_it(
         model(prompts, n=n, seed=seed, steps=3, guidance=guidance, negative="snow", batch_size=batch_size)
         return list(pixels)  # (3, H, W) each
 
-    together = draw(PROMPTS, 5, 3, 3)
-    assert len(together) == 12
-    alone = [draw([prompt], 5 + i, 1, 1)[0] for prompt in PROMPTS for i in range(3)]
-    for others in (alone, draw(PROMPTS, 5, 3, 1), draw(PROMPTS, 5, 3, 8)):
-        assert all(map(torch.equal, together, others))
-    assert all(map(torch.equal, together[::3], reversed(draw(PROMPTS[::-1], 5, 1, 8))))
+    together = draw(PROMPTS, 5, 8, 8)
+    assert len(together) == 32
+    alone = [draw([prompt], 5 + i, 1, 1)[0] for prompt in PROMPTS for i in range(8)]
+    assert all(map(torch.equal, together, alone))
+    assert all(map(torch.equal, together[::8], reversed(draw(PROMPTS[::-1], 5, 1, 3))))
 
 
 def test_a_batch_draws_the_same_pictures_but_for_rounding(model: Model) -> None:
@@ -62,9 +61,10 @@ def test_a_batch_draws_the_same_pictures_but_for_rounding(model: Model) -> None:
 
 
 def test_seeds_and_prompts_tell_pictures_apart(model: Model) -> None:
-    drawn = [*model(["A dog.", "A cat."], n=2, steps=2).images, model("a " * 75 + "dog", steps=2).images[0]]
-    drawn += model("a " * 75 + "cat", steps=2).images  # differs behind the 77th token only
-    assert len({image.tobytes() for image in drawn}) == 6
+    drawn = model(["A dog.", "A cat."], n=2, steps=2).images
+    for words in (76, 200):  # which differ behind the 77th token only, in the second and the third piece
+        drawn += model([f"{'a ' * (words - 1)}{last}" for last in ("dog", "cat")], steps=2).images
+    assert len({image.tobytes() for image in drawn}) == 8
 
 
 def test_a_model_loaded_again_draws_the_same(folder: Path, model: Model) -> None:
@@ -142,7 +142,7 @@ def test_settings_are_refused_in_a_sentence(model: Model) -> None:
             model(**{"prompts": "A dog.", **settings})
 
 
-@pytest.mark.parametrize("device", ["cuda:77", "abacus", ""])
+@pytest.mark.parametrize("device", ["cuda:77", "abacus", "", "meta"])
 def test_a_device_that_is_not_there_is_named(folder: Path, device: str) -> None:
     with pytest.raises(ConfigError, match="There is no device"):
         Model.load(str(folder), device)
@@ -161,6 +161,13 @@ def test_memory_that_is_too_small_is_said(model: Model, monkeypatch: pytest.Monk
     monkeypatch.setattr(model.painter.vae, "decode", lambda *_, **__: torch.empty(2**59))
     with pytest.raises(ConfigError, match="memory is too small"):
         model("A dog.", steps=1)
+
+
+def test_memory_that_is_too_small_for_the_model_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel"
+    monkeypatch.setattr(f"{network}.from_pretrained", lambda *_, **__: torch.empty(2**59))
+    with pytest.raises(ConfigError, match="memory is too small for this model; draw with --low-memory"):
+        Model.load(str(folder), "cpu")
 
 
 # ---- any other pipeline of Diffusers
@@ -197,6 +204,10 @@ def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> N
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
     model = Model.load(str(folder), "cpu", precision="fp32")
+    with pytest.raises(
+        ConfigError, match=r"The negative prompt 'a a .* is longer than StableDiffusionPAGPipeline reads"
+    ):
+        model("A dog.", negative="a " * 80, size=16)
     plain = model("A (brown) dog.", steps=3, size=16).pictures[0]
     drawn = model("A (brown) {dog|dog}.", steps=3, size=16, scheduler="euler").pictures[0]
     assert not same(plain.image, drawn.image)
@@ -222,6 +233,21 @@ def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
             model(prompt)
     with pytest.raises(ConfigError, match="draws with its own scheduler alone"):
         model("A dog.", scheduler="euler")
+
+
+def test_a_pipeline_without_guidance_is_given_none(
+    other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as Stable Cascade, which has one scale for each of its stages."""
+    model = Model.load(str(other), "cpu", precision="fp32")
+    takes = {name: taken for name, taken in model.painter.takes.items() if name != "guidance_scale"}
+    monkeypatch.setattr(model.painter, "takes", takes)
+    jobs = model.settle(make_jobs(model.spec, ["A dog."], steps=2))
+    assert model.settle(jobs) == jobs
+    [picture] = model.draw(jobs)
+    assert picture.record["guidance"] is None
+    assert "CFG scale" not in provenance.parameters(picture.record)
+    assert provenance.read(picture.save(tmp_path)) == picture.record
 
 
 def test_a_pipeline_that_draws_without_a_prompt_is_refused(tmp_path: Path) -> None:

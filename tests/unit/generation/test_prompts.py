@@ -70,12 +70,19 @@ def test_a_file_has_one_prompt_a_line(tmp_path: Path, content: bytes, prompts: l
         (b" \n\n", "has no prompts"),
         (b"d\xf6g", "not UTF-8"),
         (b"A\0dog.", "null character"),
+        (b"dog " * 2_501, "has 10003 characters, and 10000 are read"),
     ],
 )
 def test_a_file_without_readable_prompts_is_refused(tmp_path: Path, content: bytes, complaint: str) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(ConfigError, match=complaint):
         texts.from_file(tmp_path / "prompts.txt")
+
+
+def test_a_file_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "MOST_BYTES", 10**6)
+    with pytest.raises(ConfigError, match="has more than 1 MB of prompts"):
+        texts.from_file(Path("/dev/zero"))
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from limner import load
+from limner.errors import ConfigError
 from limner.generation import setup
 from limner.generation.model import Model
 
@@ -25,6 +26,12 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch: pytest.Monk
     assert setup.choose(CPU, "bf16").precision == "bf16"
     assert setup.choose(CPU, low_memory=True).precision == "bf16"
     assert setup.choose(CPU, "fp32", low_memory=True).precision == "fp32"
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"engine": "abacus"}])
+def test_a_precision_or_engine_that_is_not_there_is_named(folder: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"There is no {next(iter(settings))} '.*'; choose one of"):
+        load(str(folder), device="cpu", **settings)
 
 
 def test_bf16_draws_about_the_same_picture_and_says_so(folder: Path) -> None:

@@ -49,11 +49,10 @@ BUILTIN_UNET = {
     "sample_prompts": MISSION,
 }
 BUILTIN_TUNED = {
-    "tune": "cross_attention_kv",
-    "images": 12_000,
+    "images": 62_000,
     "batch_size": 64,
-    "validate_every": 4_000,
-    "checkpoint_every": 4_000,
+    "validate_every": 16_000,
+    "checkpoint_every": 10_000,
     "sample_prompts": MISSION,
 }
 
@@ -64,7 +63,7 @@ PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
     TrainVaeConfig: {"builtin": BUILTIN_VAE},
     TrainUnetConfig: {"builtin": BUILTIN_UNET, "builtin-tuned": BUILTIN_TUNED},
     AssembleConfig: {
-        "builtin": {"precision": "bf16", "steps": 20, "guidance": 4.0},
+        "builtin": {"precision": "bf16", "steps": 8, "guidance": 4.0},
     },
 }
 """Named settings of a stage; the comment beside one says what it reached."""

@@ -224,6 +224,10 @@ def test_a_tuned_clip_is_shown_beside_the_one_it_began_with(
     found = read_json(Path(run) / "retrieval.json")["splits"]["test"]
     assert "| on test pictures | base | tuned |" in card
     assert row.split("|")[2].strip().split(" ")[0] == f"{found['base']['text_to_image_r@1']['value']:.4g}"
+    whole = dict.fromkeys(("clip", "vae", "unet"), str(out))
+    again = assemble.run(settings(whole, tmp_path / "again", steps=STEPS))  # a model brings what is known of its parts
+    for name in ("trainings", "retrieval"):
+        assert read_json(again / "manifest.json")[name] == read_json(out / "manifest.json")[name]
     assert not (
         assemble.run(settings({**parts, "clip": run}, tmp_path / "n", steps=STEPS, grid=False)) / "grid.png"
     ).exists()

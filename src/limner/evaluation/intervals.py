@@ -151,7 +151,7 @@ def _ends(found: Tensor) -> tuple[float, float]:
 def _around(value: float, found: Tensor, share: float) -> tuple[float, float]:
     """The ends of an interval around a value, by what parts of that share found."""
     low, high = _ends((found - found.mean()) * (share / (1 - share)) ** 0.5)
-    return value + low, value + high
+    return value + min(low, 0.0), value + max(high, 0.0)  # where nearly all parts agree, a few put both on one side
 
 
 def _p(value: float, chance: Tensor) -> float:

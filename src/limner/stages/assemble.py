@@ -125,11 +125,15 @@ def _load_unet(ref: str, adapter: Path | None, width: int) -> Any:
     return unet
 
 
+def _manifest(ref: str) -> dict[str, Any]:
+    """What the folder of a run or a model says of itself; nothing where another program made it."""
+    file = loading.resolve(ref) / "manifest.json"
+    return loading.read_config(file) if file.is_file() else {}
+
+
 def _adapter_in(unet: str) -> str | None:
     """The sha256 of the adapter that an earlier assembly folded into this U-Net, where one did."""
-    manifest = loading.resolve(unet) / "manifest.json"
-    parents = loading.read_config(manifest).get("parents", {}) if manifest.is_file() else {}
-    adapter: str | None = parents.get("adapter")
+    adapter: str | None = _manifest(unet).get("parents", {}).get("adapter")
     return adapter
 
 
@@ -250,12 +254,14 @@ def _card_text(config: AssembleConfig) -> str:
 
 
 def _trainings(config: AssembleConfig) -> dict[str, Any]:
-    """What the manifests of the runs say that the parts come from; parts of other models have none."""
+    """What the runs and models that the parts come from say of their trainings; parts of other programs have none."""
     trainings = {}
     for role, ref in (("clip", config.clip), ("vae", config.vae), ("unet", config.unet)):
-        file = Path(ref) / "manifest.json"
-        if file.is_file() and "images" in (manifest := read_json(file)):
+        manifest = _manifest(ref)
+        if "images" in manifest:
             trainings[role] = {name: manifest[name] for name in ("images", "seed", "validation", "hardware")}
+        elif role in manifest.get("trainings", {}):
+            trainings[role] = manifest["trainings"][role]
     return trainings
 
 
@@ -271,10 +277,13 @@ def _mix(report: dict[str, Any]) -> str:
 
 
 def _retrieval(clip: str) -> dict[str, Any]:
-    """Figures of a CLIP before and after tuning for the manifest, on test pictures where there are any, else on dev."""
+    """Figures of a CLIP before and after tuning for the manifest, on test pictures where there are any, else on dev.
+
+    Those of a model are what its own manifest has.
+    """
     report = _report(clip)
     if report is None:
-        return {}
+        return {name: found for name, found in _manifest(clip).items() if name == "retrieval"}
     split = "test" if "test" in report["splits"] else "val"
     zero_shot = report.get("zero_shot", {})
     figures = {

@@ -51,6 +51,12 @@ def test_numbers_of_one_picture_are_drawn_together() -> None:
     assert scores.share(torch.ones(240), owners).low == scores.share(torch.ones(60)).low
 
 
+def test_an_interval_holds_its_value_where_hardly_any_part_differs() -> None:
+    odd = iter([0.0] + [1.0] + [0.0] * 199)  # the whole first
+    found = set_intervals(lambda *_: {"recall": next(odd)}, torch.zeros(8, 1), torch.zeros(8, 1), resamples=200)
+    assert found["recall"].low <= found["recall"].value <= found["recall"].high
+
+
 def test_a_few_pictures_beside_many_photographs_have_intervals() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(intervals, "MOST", 10)

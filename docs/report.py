@@ -1,10 +1,11 @@
 """Write docs/report: what the built-in model reaches, against its base CLIP, over steps and over its training.
 
-python docs/report.py --data data/flickr8k --judge runs/judge --out runs/report --base MODEL --run RUN [-n 200]
+python docs/report.py --data data/flickr8k --judge runs/judge --out runs/report --run RUN [--base MODEL] [-n 200]
+    [--engine openvino]
 
-MODEL is one with the CLIP as it was before it was tuned, RUN the training of the U-Net, with the checkpoints that it
-kept. Each section is one call of `limner evaluate`, whose whole report is in OUT; what was drawn is kept, so the same
-command goes on where it was stopped.
+RUN is the training of the U-Net, with the checkpoints that it kept, MODEL a model with the CLIP as it was before it was
+tuned; without one that section is left out. Each section is one call of `limner evaluate`, whose whole report is in
+OUT; what was drawn is kept, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from limner.settings import MISSION
 
 FOLDER = Path(__file__).with_name("report")
 STEPS = (2, 4, 8, 20)
-LOOK = ("--steps", "20", "--guidance", "4")  # of checkpoints, which no manifest says it for
+LOOK = ("--steps", "8", "--guidance", "4")  # of checkpoints, which no manifest says it for
 SIDE, QUALITY = 1000, 60  # pixels and quality of plots
 SHEET = 128  # pixels of a picture
 
@@ -42,19 +43,12 @@ class Part:
     figures: Sequence[str]
 
 
-def parts(model: str, base: str, run: str, count: int) -> list[Part]:
+def parts(model: str, base: str | None, run: str, count: int) -> list[Part]:
     """What is told, in its order."""
     few = ["-n", str(count)]
     quick = [*few, "--set", "copies=false", "--set", "attribute_seeds=0"]
     curve = ["r_precision", "clip_score", "frechet", "cmmd", "recall"]
-    return [
-        Part(
-            "clip",
-            "Base CLIP against tuned",
-            "The first column behind the photographs is a model with the base CLIP.",
-            [base, model, *few],
-            [name for name in KINDS if name not in ("memory", "seconds")],
-        ),
+    told = [
         Part("steps", "Steps against quality", "", [model, *_each("--steps", STEPS), *quick], [*curve, "seconds"]),
         Part(
             "training",
@@ -64,6 +58,11 @@ def parts(model: str, base: str, run: str, count: int) -> list[Part]:
             curve,
         ),
     ]
+    if base is not None:
+        says = "The first column behind the photographs is a model with the base CLIP."
+        figures = [name for name in KINDS if name not in ("memory", "seconds")]
+        told.insert(0, Part("clip", "Base CLIP against tuned", says, [base, model, *few], figures))
+    return told
 
 
 def _each(flag: str, values: Sequence[int]) -> list[str]:
@@ -145,7 +144,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="dataset folder")
     parser.add_argument("--judge", type=Path, required=True, help="folder of recipes/judge.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and whole reports")
-    parser.add_argument("--base", required=True, help="a model with the CLIP before tuning")
+    parser.add_argument("--base", help="a model with the CLIP before tuning")
     parser.add_argument("--run", required=True, help="a run of limner train unet")
     parser.add_argument("--model", default="builtin", help="the model that is told of")
     parser.add_argument("-n", type=int, default=200, help="captions that are drawn")

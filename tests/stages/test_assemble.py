@@ -133,6 +133,8 @@ def test_weights_are_those_of_the_parts(model: Path, parts: dict[str, str]) -> N
     ids = reader(PROMPT, padding="max_length", return_tensors="pt")["input_ids"]
     assert ids.shape == (1, 77)
     assert torch.equal(clip.text_model(ids).last_hidden_state, text_encoder(ids).last_hidden_state)
+    for file in model.rglob("*.json"):
+        assert str(model.parent) not in file.read_text(), "where it was made is nobody's business"
 
 
 # ---- manifest and card

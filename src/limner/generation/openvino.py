@@ -228,7 +228,7 @@ class OpenVinoDiffusion(LatentDiffusion):
 
     def _kept_in(self, name: str, fill: Callable[[Path], None]) -> Path:
         """The folder of that name in the cache, which `fill` fills where it is not there."""
-        what = json.dumps([VERSION, self.openvino.__version__, self.identity()])
+        what = json.dumps([VERSION, self.openvino.__version__, self.identity(), self.unet.config, self.vae.config])
         folder = cache() / hashlib.sha256(what.encode()).hexdigest()[:24] / name
         if not folder.is_dir():
             with artifacts.atomic_folder(folder) as partial:

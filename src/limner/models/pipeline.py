@@ -36,6 +36,8 @@ def save(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    for network in (vae, unet):
+        network.register_to_config(_name_or_path="")  # a path of this machine, of no use on another
     pipeline.save_pretrained(folder, safe_serialization=True)
     if clip is not None:
         clip.network.to(dtype)

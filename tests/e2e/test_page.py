@@ -91,6 +91,7 @@ def test_a_newcomer_draws_and_draws_again(server: Server, browser: Any, size: st
         page.wait_for_selector("#easel img.preview")
         page.wait_for_selector("#easel .status.running:has-text('left')")
         assert status(page, "done").startswith("Drawn in")
+        assert [page.locator(button).inner_text() for button in ("#draw", "#cancel")] == ["Draw", "Cancel"]
         assert page.locator("#easel figcaption").all_inner_texts() == ["seed 7", "seed 8"]
         drawn = page.locator("#easel figure img").nth(1).get_attribute("src")
 

@@ -182,8 +182,8 @@ class Page:
             yield {
                 self.easel: shown.show(job),
                 self.job: id_,
-                self.controls.begin: gr.update(interactive=not drawing),
-                self.controls.cancel: gr.update(interactive=drawing),
+                self.controls.begin: _pressable(self.controls.begin, not drawing),
+                self.controls.cancel: _pressable(self.controls.cancel, drawing),
             }
 
     def _cancel(self, id_: str, request: gr.Request) -> None:
@@ -220,6 +220,11 @@ class Page:
 def _client(request: gr.Request) -> Client:
     assert request.request is not None
     return client_of(request.request)
+
+
+def _pressable(button: gr.Button, pressable: bool) -> Update:
+    """Whether a button can be pressed; told without its words it would lose them in a page that was just opened."""
+    return gr.update(value=button.value, interactive=pressable)
 
 
 def _html(value: str, elem_id: str | None = None) -> gr.HTML:

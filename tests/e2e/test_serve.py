@@ -282,7 +282,7 @@ def test_bad_uploads_are_refused_in_a_sentence(server: Server, begun: tuple[Path
 
 def test_cancel_within_a_step_and_the_next_goes_on(server: Server) -> None:
     long = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 150, "n": 16})[1]["id"]
-    waiting = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 150})[1]["id"]
+    waiting = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 150, "n": 16})[1]["id"]  # or drawn by another
     last = server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 1})[1]["id"]
     for name, data in server.events(long):
         if name == "step" and data["step"] > 3:

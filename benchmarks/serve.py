@@ -30,9 +30,8 @@ from record import keep
 
 import limner
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # as the command line sets it, so that the engine's threads wait alike
+# As the command line sets it, so that the engine's threads wait alike
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 PROMPT = "A golden retriever playing in a field."
 STEPS = 4

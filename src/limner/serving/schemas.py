@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from limner.config.stages import MOST_PICTURES
 from limner.serving.tables import State
 
 EXAMPLE: dict[str, JsonValue] = {"prompt": "A golden retriever playing in a field.", "seed": 7, "steps": 20}
@@ -14,7 +15,7 @@ REQUEST = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, json_sc
 """Of the models of requests for pictures."""
 
 
-Count = Annotated[int, Field(ge=1, le=100_000)]
+Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
 """Of pictures; a server allows fewer."""
 BestOf = Count | None
 Word = Annotated[str, Field(max_length=64)]

@@ -72,8 +72,9 @@ def run(config: EvaluateConfig) -> Path:
 
     Raises ConfigError, DataError or ModelError in one sentence, before anything is drawn where that can be told.
     """
-    if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
-        raise ConfigError(f"The report needs {missing[0]}; install with: pip install 'limner[eval]'.")
+    for name in ("jinja2", "matplotlib"):
+        if find_spec(name) is None:
+            raise ConfigError(f"The report needs {name}; install with: pip install 'limner[eval]'.")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     asked = config
@@ -151,9 +152,7 @@ def _read(config: EvaluateConfig) -> tuple[list[Record], list[Entry], list[Conte
     for number, (ref, name) in enumerate(zip(config.models, names)):
         spec = read_spec(ref)
         x = {config.x_name: config.x[number]} if config.x else {}
-        for steps, guidance in product(
-            dict.fromkeys(config.steps or (None,)), dict.fromkeys(config.guidance or (None,))
-        ):
+        for steps, guidance in dict.fromkeys(product(config.steps or (None,), config.guidance or (None,))):
             make_jobs(spec, settings.MISSION, steps=steps, guidance=guidance)  # which refuses what can't be drawn
             entry = _entry(config, name, spec, steps, guidance, x)
             entries.append(_apart(entry, [other.folder for other in entries]))

@@ -95,7 +95,7 @@ def test_a_newcomer_draws_and_draws_again(server: Server, browser: Any, size: st
         assert page.locator("#easel figcaption").all_inner_texts() == ["seed 7", "seed 8"]
         drawn = page.locator("#easel figure img").nth(1).get_attribute("src")
 
-        page.wait_for_selector("#gallery img")
+        page.wait_for_selector(f"#gallery img[src$='{drawn}']")  # a reload amidst its coming would be an error
         page.reload()
         page.locator("#gallery .thumbnail-item img").nth(1).click()
         assert "Seed 8" in " ".join(page.locator("#facts").inner_text().split())

@@ -32,12 +32,13 @@ def draw(model: Model, jobs: Mapping[Path, Job], folder: Path, *, batch_size: in
     missing = {file: job for file, job in settled.items() if not _is_there(file, job, model)}
     if not missing:
         return
-    files, at_once = list(missing), 1 if model.device.type == "cpu" else batch_size  # as the model has it, too
+    files = list(missing)
+    at_once = model.at_once(missing[files[0]], batch_size)
     _forget_peak(model.device)
     with progress("Drawing", len(settled), done=len(settled) - len(missing)) as advance:
         for start in range(0, len(files), at_once):
             batch, begun = files[start : start + at_once], time.perf_counter()
-            pictures = list(model.draw([missing[file] for file in batch], batch_size=at_once))
+            pictures = list(model.draw([missing[file] for file in batch], batch_size=batch_size))
             seconds = (time.perf_counter() - begun) / len(batch)
             for file, picture in zip(batch, pictures, strict=True):
                 provenance.write(picture.image, picture.record, file)

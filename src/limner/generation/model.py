@@ -191,6 +191,10 @@ class Model:
         """The jobs with the settings that were left to the model. Raises ConfigError where one can't be drawn."""
         return [self.painter.settle(job) for job in jobs]
 
+    def at_once(self, job: Job, batch_size: int = 8) -> int:
+        """How many pictures like a settled job's `draw` draws at once."""
+        return self.painter.at_once(job, batch_size)
+
     def draw(
         self,
         jobs: Sequence[Job],
@@ -199,7 +203,10 @@ class Model:
         on_step: OnStep | None = None,
         on_preview: OnPreview | None = None,
     ) -> Iterator[Picture]:
-        """Draw the jobs, in their order, each as soon as its batch is done. Raises ConfigError, ModelError."""
+        """Draw the jobs, in their order, each as soon as its batch is done. Raises ConfigError, ModelError.
+
+        The two functions are called one at a time, on a CPU by other threads than the caller's.
+        """
         jobs = self.settle(jobs)
         for job, image in zip(jobs, self.painter.paint(jobs, batch_size, on_step, on_preview)):
             yield Picture(image, self.record(replace(job, width=image.width, height=image.height)))
@@ -207,7 +214,8 @@ class Model:
     def record(self, job: Job) -> dict[str, Any]:
         """What the picture of this job says of its origin."""
         facts = {**self.facts, "scheduler": _configuration(painters.scheduler_for(self.painter, job))}
-        return provenance.make_record(job, facts, self.device_facts)
+        device = {**self.device_facts, "threads": self.painter.threads(job)}
+        return provenance.make_record(job, facts, device)
 
     def best(self, pictures: Iterable[Picture], n: int, of: int) -> Iterator[Picture]:
         """Of each `of` pictures that follow each other, of one prompt, the `n` that fit it best, the best first.

@@ -206,6 +206,10 @@ class OpenVinoDiffusion(LatentDiffusion):
         config = loading.read_config(loading.component(self.ref, name) / "config.json")
         return Later(config, functools.partial(super()._read, name))
 
+    def threads(self, job: Job) -> int:
+        """All: OpenVINO shares a picture out well, and what it has compiled is for one caller at a time."""
+        return torch.get_num_threads()
+
     def networks(self, job: Job, states: Tensor) -> tuple[Any, Any]:
         network, vae = self.compiled(tuple(states.shape), self._latent_shape(job))
         return staged.Passes(self.unet.config, network, job.reuse), vae

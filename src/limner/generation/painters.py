@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from limner.diffusion import samplers
 from limner.diffusion.guidance import is_folded
 from limner.errors import ConfigError, ModelError
-from limner.generation import language
+from limner.generation import lanes, language
 from limner.generation import prompts as texts
 from limner.generation.canvas import Sketch
 from limner.generation.engine import OnStep, draw, encode_weighted, to_images
@@ -46,6 +47,12 @@ class Painter(Protocol):
 
     def settle(self, job: Job) -> Job:
         """The job with the settings that were left to the painter. Raises ConfigError where it can't be drawn."""
+
+    def threads(self, job: Job) -> int:
+        """How many of the processor's threads draw a settled job."""
+
+    def at_once(self, job: Job, batch_size: int) -> int:
+        """How many pictures like that of a settled job are drawn at once, where `batch_size` share a batch."""
 
     def paint(
         self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None
@@ -93,23 +100,65 @@ class LatentDiffusion:
         """The job as it is: the model's files name all settings, and any prompt fits, cut into pieces."""
         return job
 
+    def threads(self, job: Job) -> int:
+        """As many as its work keeps busy; all of them where memory is short, so that one is drawn after the other."""
+        if self.device.type != "cpu" or self.setup.low_memory:
+            return torch.get_num_threads()
+        _, height, width = self._latent_shape(job)
+        return lanes.threads_for(self._parameters, height * width)
+
+    def at_once(self, job: Job, batch_size: int) -> int:
+        """A batch on a GPU, as many as there are threads for on a CPU."""
+        return lanes.lanes(self.threads(job)) if self.device.type == "cpu" else batch_size
+
+    @functools.cached_property
+    def _parameters(self) -> int:
+        """Of the U-Net."""
+        return sum(parameter.numel() for parameter in self.unet.parameters())
+
     def paint(
         self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None
     ) -> Iterator[Image]:
-        """Jobs that differ in prompt, negative prompt and seed only share a batch; on the CPU each has its own.
+        """Jobs that differ in prompt, negative prompt and seed only share a batch; on the CPU each has its own, and
+        several are drawn side by side.
 
-        There oneDNN and MKL add up in another order for another batch size, from the first convolution on, and the
-        last bits of a picture would depend on its neighbours. The price: a picture of 16x16 latents takes twice as
-        long as in a batch of eight.
+        There oneDNN and MKL add up in another order for another batch size, from the first convolution on, and for
+        another number of threads, so that the last bits of a picture would depend on its neighbours.
         """
-        most = 1 if self.device.type == "cpu" else batch_size
+        if self.device.type == "cpu":
+            yield from self._side_by_side(jobs, on_step, on_preview)
+            return
         for _, alike in groupby(jobs, key=self._shape):
             group = list(alike)
-            for start in range(0, len(group), most):
-                batch = group[start : start + most]
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
                 with loading.quiet(), _enough_to_draw(batch):
                     images = self._draw(batch, on_step, on_preview)
                 yield from images
+
+    def _side_by_side(
+        self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None
+    ) -> Iterator[Image]:
+        """Each job alone, those of one number of threads at once."""
+        told = threading.Lock()  # callers need not know that several threads draw
+
+        def draw(job: Job, check: Callable[[], None]) -> Image:
+            def step(done: int) -> None:
+                check()
+                if on_step is not None:
+                    with told:
+                        on_step(done)
+
+            def preview(job: Job, image: Callable[[], Image]) -> None:
+                assert on_preview is not None
+                with told:
+                    on_preview(job, image)
+
+            with loading.quiet(), _enough_to_draw([job]):
+                return self._draw([job], step, on_preview and preview)[0]
+
+        for threads, alike in groupby(jobs, key=self.threads):
+            yield from lanes.side_by_side(draw, list(alike), threads)
 
     def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None = None) -> list[Image]:
         """Pictures of jobs of one shape."""
@@ -271,6 +320,14 @@ class Pipeline:
         if PIPELINE_OPTIONS["guidance"] in self.takes:
             guidance = guidance or self._default(PIPELINE_OPTIONS["guidance"]) or GUIDANCE
         return replace(job, steps=steps, guidance=guidance)
+
+    def threads(self, job: Job) -> int:
+        """All."""
+        return torch.get_num_threads()
+
+    def at_once(self, job: Job, batch_size: int) -> int:
+        """One."""
+        return 1
 
     def paint(
         self, jobs: Sequence[Job], batch_size: int, on_step: OnStep | None, on_preview: OnPreview | None = None

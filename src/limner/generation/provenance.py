@@ -7,6 +7,7 @@ of every weight file.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import platform
@@ -44,10 +45,13 @@ def make_record(job: Job, model: dict[str, Any], device: dict[str, Any]) -> dict
     from limner import __version__
 
     engine = ["openvino"] if device["engine"] == "openvino" else []
-    libraries = {name: version(name) for name in (*LIBRARIES, *engine)}
+    libraries = {name: _version(name) for name in (*LIBRARIES, *engine)}
     versions = {"limner": __version__, "python": platform.python_version(), **libraries}
     settings = {field.name: _plain(getattr(job, field.name)) for field in fields(job)}
     return {"format": FORMAT, **settings, "model": model, "device": device, "versions": versions}
+
+
+_version = functools.cache(version)  # which looks into folders each time
 
 
 def _plain(value: Any) -> Any:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,23 +165,44 @@ def parts_in(root: Path) -> list[str]:
     return [name for name in CLASSES if any(fits(place, name) for place in (root / name, root / "model" / name, root))]
 
 
+@dataclass
+class _Quiet:
+    """How many threads want it, and how loud the libraries were before."""
+
+    inside: int = 0
+    levels: Sequence[int] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep messages and progress bars of Diffusers and Transformers off the terminal; errors are raised too."""
+    """Keep messages and progress bars of Diffusers and Transformers off the terminal; errors are raised too.
+
+    For any thread: they are back when the last one has left.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     logs = (diffusers_logging, transformers_logging)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity(logging.CRITICAL)
-        log.disable_progress_bar()
+    with _quiet.lock:
+        _quiet.inside += 1
+        if _quiet.inside == 1:
+            _quiet.levels = [log.get_verbosity() for log in logs]
+            for log in logs:
+                log.set_verbosity(logging.CRITICAL)
+                log.disable_progress_bar()
     try:
         yield
     finally:
-        for log, level in zip(logs, levels):
-            log.set_verbosity(level)
-            log.enable_progress_bar()
+        with _quiet.lock:
+            _quiet.inside -= 1
+            if not _quiet.inside:
+                for log, level in zip(logs, _quiet.levels):
+                    log.set_verbosity(level)
+                    log.enable_progress_bar()
 
 
 @contextmanager

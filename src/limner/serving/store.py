@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -190,9 +190,9 @@ class Store:
 
     # What workers do
 
-    def take(self, worker: str, *, pictures: int, lease: float) -> Sequence[JobRow]:
-        """The job that is next, and further ones of its shape with up to `pictures` pictures in all, for `lease`
-        seconds."""
+    def take(self, worker: str, *, pictures: Callable[[JobRow], int], lease: float) -> Sequence[JobRow]:
+        """The job that is next, and further ones of its shape with up to so many pictures in all as `pictures` says of
+        it, for `lease` seconds."""
         now = time.time()
         with self.session(write=True, durable=False) as session:
 
@@ -201,9 +201,9 @@ class Store:
                 return session.scalars(wanted.with_for_update(skip_locked=True)).all()
 
             jobs = list(next_of(JobRow.state == "running", JobRow.lease < now) or next_of(JobRow.state == "queued"))
-            room = pictures - sum(job.pictures for job in jobs)
-            if jobs and room > 0:
-                first = jobs[0]
+            first = jobs[0] if jobs else None
+            room = pictures(first) - first.pictures if first else 0
+            if first and room > 0:
                 alike = (JobRow.state == "queued", JobRow.shape == first.shape, JobRow.number != first.number)
                 for job in next_of(*alike, limit=room):
                     if job.pictures <= room:

@@ -23,7 +23,7 @@ from limner.serving.retention import make_room
 from limner.serving.schemas import JobRequest
 from limner.serving.shelf import Shelf
 from limner.serving.store import Store, worker_id
-from limner.serving.tables import JobRow
+from limner.serving.tables import ImageRow, JobRow
 from limner.serving.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ POLL = 0.5  # seconds between looks into the queue, which another server may hav
 PULSE = 1.0  # seconds between signs of life, and so the longest until a cancel by another server is heard
 TIDY = 60.0  # seconds between looks at the room on the disk
 PREVIEW = 256  # pixels of its longer side, at most
+SHAPES = 1000  # of which it is known how many pictures are drawn at once
 
 
 class Halt(Exception):
@@ -85,8 +86,8 @@ class Worker:
         self.id = worker_id()
         self.ready = False
         """Whether the first model is loaded, so that drawing begins at once."""
-        # On a CPU pictures are drawn one at a time (decision 4), so that there a job alone is ready soonest
-        self._batch_size = 1 if shelf.device.type == "cpu" else config.batch_size
+        self._at_once: dict[str, int] = {}
+        """How many pictures of a shape are drawn at once, of those drawn lately."""
         self._config, self._store, self._shelf, self._uploads = config, store, shelf, uploads
         self._changes, self._metrics = changes, metrics
         self._keeper = Keeper(self.id, config.out, store, changes, metrics)
@@ -155,7 +156,7 @@ class Worker:
     def _go_on(self, *, last: bool = False) -> None:
         """Draw the jobs that are next, or wait for some; with `last` only see what was drawn kept."""
         try:
-            jobs = [] if last else self._store.take(self.id, pictures=self._batch_size, lease=self._config.lease)
+            jobs = [] if last else self._store.take(self.id, pictures=self._room, lease=self._config.lease)
             if jobs:
                 self._draw(jobs)
                 return
@@ -174,6 +175,10 @@ class Worker:
         except Exception:  # whatever it was, the other jobs are drawn
             log.exception("drawing goes on after a fault")
             self._draining.wait(TROUBLED)
+
+    def _room(self, first: JobRow) -> int:
+        """How many pictures to take with the job that is next; on a CPU it alone is ready soonest, if it is large."""
+        return self._at_once.get(first.shape, 1 if self._shelf.device.type == "cpu" else self._config.batch_size)
 
     def _prepare(self) -> None:
         with suppress(SQLAlchemyError):
@@ -259,20 +264,25 @@ class Worker:
             for held in jobs:  # of a LoRA that is not for the model, who chose it is to blame
                 self._keeper.fail(held, _sentence(error), fault=not (texts and isinstance(error, UserError)))
             return
-        todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held)]
-        size = self._batch_size
+        images = self._store.images([held.row.id for held in jobs])
+        todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held, images)]
+        if not todo:
+            return
+        if len(self._at_once) == SHAPES:
+            self._at_once.clear()
+        size = self._at_once[jobs[0].row.shape] = model.at_once(todo[0][2], self._config.batch_size)
         for start in range(0, len(todo), size):
             batch = [one for one in todo[start : start + size] if one[0].wanted]
             if batch:
                 self._draw_batch(model, batch)
 
-    def _missing(self, spec: Spec, held: Held) -> list[tuple[int, Job]]:
-        """The pictures that a job still lacks: all, unless a server died while it drew it.
+    def _missing(self, spec: Spec, held: Held, images: Sequence[ImageRow]) -> list[tuple[int, Job]]:
+        """The pictures that a job still lacks, of which `images` are there: all, unless a server died while it drew it.
 
         Empty where it can't be drawn any more; then it alone has failed, and not those that share a batch with it.
         """
-        images = self._store.images([held.row.id])
-        there = {image.number for image in images}
+        own = [image for image in images if image.job == held.row.id]
+        there = {image.number for image in own}
         try:
             request = JobRequest(**held.row.settings)
             draws = to_draw(spec, request, self._uploads.sources(request))
@@ -281,7 +291,7 @@ class Worker:
                 log.exception("the job can't be used", extra={"job": held.row.id})
             self._keeper.fail(held, _sentence(error), fault=True)
             return []
-        self._keeper.clear(held.row.id, [image.file for image in images])
+        self._keeper.clear(held.row.id, [image.file for image in own])
         held.step = sum(draws[number].steps_taken for number in there)
         return [(number, job) for number, job in enumerate(draws) if number not in there]
 

@@ -53,7 +53,8 @@ def test_other_steps_are_counted_anew(model: Model, tmp_path: Path) -> None:
 
 def test_away_from_the_cpu_a_batch_is_timed_as_a_whole(model: Model, tmp_path: Path) -> None:
     elsewhere = copy.copy(model)
-    elsewhere.device = torch.device("meta")  # the networks stay where they are
+    elsewhere.painter = copy.copy(model.painter)
+    elsewhere.device = elsewhere.painter.device = torch.device("meta")  # the networks stay where they are
     draw(elsewhere, tmp_path, 5)
     cost = drawing.cost(tmp_path)
     assert cost is not None

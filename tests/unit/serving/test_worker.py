@@ -35,10 +35,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def service(folders: list[str], tmp_path: Path) -> Service:
+def service(folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
     """One that begins to draw when it is started, several pictures at once."""
+    monkeypatch.setattr(Model, "at_once", lambda *_: BATCH)
     service = Service(ServeConfig(models=tuple(folders), out=tmp_path / "served", device="cpu", queue=20))
-    service.worker._batch_size = BATCH
+    service.worker._room = lambda _: BATCH  # type: ignore[method-assign]
     return service
 
 

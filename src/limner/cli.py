@@ -184,6 +184,8 @@ def main() -> None:
     logging.captureWarnings(True)
     # torch's waiting threads sleep in place of spinning: half the time beside other programs (docs/experiments.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.argv[1:3] == ["serve", "token"]:  # where people look for it; a model folder of that name is ./token
+        del sys.argv[1]
     try:
         code = app(standalone_mode=False)
     except UserError as error:

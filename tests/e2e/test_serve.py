@@ -461,7 +461,7 @@ def test_tokens_and_their_limits(queue: Queue, folder: Path, tmp_path: Path, cap
         assert 0 < int(refused.value.headers["Retry-After"]) <= 60
         client = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1", username="anyone", password=ben)
         assert client.txt2img(prompt=PROMPT, steps=1, cfg_scale=1, width=16, height=16).image.size == (16, 16)
-        assert limner("token", "remove", "ben", *where) == 0
+        assert limner("serve", "token", "remove", "ben", *where) == 0
         assert server.call("GET", "/v1/jobs", token=ben)[0] == 401, "at once"
     log = str(server.lines())
     assert anna not in log

@@ -17,7 +17,7 @@ from limner.generation import provenance
 from limner.serving.access import Client, From
 from limner.serving.answers import documented
 from limner.serving.openai_api import drawn
-from limner.serving.schemas import REQUEST, JobRequest, JobView, Word
+from limner.serving.schemas import PIXEL, JobRequest, JobView, Word, requesting
 from limner.serving.service import Served, Service
 
 routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
@@ -41,7 +41,7 @@ class Overrides(BaseModel):
 class Txt2Img(BaseModel):
     """A1111's request. Fields of A1111's that are not here are without effect."""
 
-    model_config = REQUEST
+    model_config = requesting()
 
     prompt: str
     """<lora:NAME:WEIGHT> in it draws with that LoRA."""
@@ -85,6 +85,8 @@ class Txt2Img(BaseModel):
 
 class Img2Img(Txt2Img):
     """The same with a picture to begin with."""
+
+    model_config = requesting(init_images=[PIXEL], denoising_strength=0.6)
 
     init_images: Annotated[list[str], Field(min_length=1, max_length=1)]
     """One, in base64."""

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from limner.serving.access import Client, From
 from limner.serving.answers import Failed, documented
-from limner.serving.schemas import REQUEST, BestOf, Count, JobRequest, JobView, Loras, Word
+from limner.serving.schemas import BestOf, Count, JobRequest, JobView, Loras, Word, requesting
 from limner.serving.service import Served, Service
 from limner.serving.uploads import in_base64
 
@@ -24,7 +24,7 @@ routes = APIRouter(prefix="/v1", tags=["openai"])
 class GenerationRequest(BaseModel):
     """OpenAI's request with Limner's settings beside it. Fields of OpenAI's that are not here are without effect."""
 
-    model_config = REQUEST
+    model_config = requesting()
 
     prompt: str
     """What to draw."""
@@ -74,6 +74,8 @@ class GenerationRequest(BaseModel):
 
 class EditRequest(GenerationRequest):
     """The same as a form, with a picture."""
+
+    model_config = requesting(image="garden.png", strength=0.6)
 
     image: UploadFile
     """The picture to begin with."""

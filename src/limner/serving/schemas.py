@@ -11,8 +11,14 @@ from limner.serving.tables import State
 
 EXAMPLE: dict[str, JsonValue] = {"prompt": "A golden retriever playing in a field.", "seed": 7, "steps": 20}
 
-REQUEST = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, json_schema_extra={"examples": [EXAMPLE]})
-"""Of the models of requests for pictures."""
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
+"""A PNG of one grey pixel."""
+
+
+def requesting(**more: JsonValue) -> ConfigDict:
+    """Of the models of requests for pictures, whose example needs `more`."""
+    extra: dict[str, JsonValue] = {"examples": [EXAMPLE | more]}
+    return ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, json_schema_extra=extra)
 
 
 Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
@@ -26,7 +32,7 @@ Loras = Annotated[tuple[Annotated[str, Field(max_length=300)], ...], Field(max_l
 class JobRequest(BaseModel):
     """What to draw: the settings of `limner generate`. What is left out is the model's own."""
 
-    model_config = REQUEST | ConfigDict(extra="forbid")
+    model_config = requesting() | ConfigDict(extra="forbid")
 
     prompt: str
     """What to draw."""

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -537,3 +538,15 @@ def test_the_libraries_say_nothing_and_speak_again_afterwards(model: Path, capfd
             log.get_logger(log.__name__).warning("noise")
     assert capfd.readouterr() == ("", "")
     assert [log.get_verbosity() for log in logs] == before
+
+
+def test_it_is_quiet_until_the_last_who_wanted_it_leaves() -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    with ExitStack() as last:
+        with ExitStack() as first:
+            first.enter_context(loading.quiet())
+            last.enter_context(loading.quiet())
+        assert logging.get_verbosity() > before
+    assert logging.get_verbosity() == before

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import typer.main
@@ -26,6 +27,16 @@ Exit codes: 0 done; 2 a mistake in the command or its input, with one sentence o
 fault of Limner's own, with a traceback.
 """
 PLAIN = {"TERMINAL_WIDTH": "80", "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
+PROGRAM = """
+import contextlib, io, json, sys
+from limner.cli import app
+pages = []
+for words in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as page:
+        app([*words, "--help"], prog_name="limner", standalone_mode=False)
+    pages.append(page.getvalue())
+json.dump(pages, sys.stdout)
+"""  # of its own process, since typer reads the width as it is imported
 COLOURFUL = {"FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"}
 
 
@@ -40,19 +51,27 @@ def commands() -> Iterator[tuple[str, ...]]:
     yield from below(typer.main.get_command(app), ())
 
 
-def help_page(words: tuple[str, ...]) -> str:
-    """The help page of a command, 80 columns wide and without colour."""
+def help_pages(commands: Sequence[tuple[str, ...]]) -> list[str]:
+    """The help pages of commands, 80 columns wide and without colour."""
     environment = {name: value for name, value in os.environ.items() if name not in COLOURFUL} | PLAIN
-    call = [sys.executable, "-c", "import sys; sys.argv[0] = 'limner'; from limner.cli import main; main()"]
-    page = subprocess.run(
-        [*call, *words, "--help"], env=environment, capture_output=True, encoding="utf-8", check=True
+    printed = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(commands),
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     ).stdout
-    return "\n".join(line.rstrip() for line in page.strip("\n").splitlines()).strip()
+    return ["\n".join(line.rstrip() for line in page.splitlines()).strip() for page in json.loads(printed)]
 
 
 def render() -> str:
     """The whole of docs/cli.md."""
-    sections = [f"\n## {' '.join(('limner', *words))}\n\n```text\n{help_page(words)}\n```\n" for words in commands()]
+    named = list(commands())
+    sections = [
+        f"\n## {' '.join(('limner', *words))}\n\n```text\n{page}\n```\n"
+        for words, page in zip(named, help_pages(named), strict=True)
+    ]
     return HEAD + "".join(sections)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from limner.config import TrainUnetConfig
 from limner.diffusion import schedulers
-from limner.diffusion.objectives import TIMESTEPS, Objective, draw_noise, draw_t, level, target
+from limner.diffusion.objectives import TIMESTEPS, Objective, draw_noise, draw_t, level, target, usual_levels
 from limner.models import vae as vaes
 from limner.stages.train_unet import TrainUnet
 from limner.training.stream import Example, Stream
@@ -117,6 +117,7 @@ class Toy(TrainUnet):
         if config.zero_terminal_snr:
             self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)
         self.objective = schedulers.objective_of(self.scheduler)
+        self.levels = config.levels or usual_levels(self.objective)
         self.betas = self.scheduler.betas
         self.network = self.unet = Pixelwise()
         self.parents = {"data": "0" * 64}
@@ -133,7 +134,7 @@ class Toy(TrainUnet):
         return {
             "moments": torch.cat([mean, torch.full_like(mean, 2 * math.log(THREE.std))]),
             "states": torch.zeros(1, 1),
-            "t": np.float32(draw_t(self.config.levels, rng)),
+            "t": np.float32(draw_t(self.levels, rng)),
             "noise": draw_noise(self.shape, rng, self.config.noise_offset),
             "draw": draw_noise(self.shape, rng),
         }

@@ -263,8 +263,8 @@ class TrainUnetConfig(TrainConfig):
     """Images a step, over all processes."""
     objective: Annotated[Literal["flow", "eps", "v"], FLAG] = "flow"
     """What a new U-Net predicts; one that is given keeps its own."""
-    levels: Literal["logit-normal", "uniform", "cosine"] = "logit-normal"
-    """Distribution of the noise levels in training."""
+    levels: Literal["logit-normal", "uniform", "cosine"] | None = None
+    """Distribution of the noise levels in training; when left out logit-normal for flow, and uniform for eps and v."""
     tune: Annotated[Literal["full", "attention", "cross_attention_kv"], FLAG] = "full"
     """What of a given U-Net is trained: all; attention; or keys and values of cross-attention alone, which read the
     token states and so get it used to a tuned CLIP."""

@@ -87,6 +87,11 @@ def timestep(objective: Objective, t: Tensor) -> Tensor:
     return t * TIMESTEPS if objective == "flow" else step_of(t)
 
 
+def usual_levels(objective: Objective) -> Levels:
+    """What such models are trained with: Stable Diffusion 3 (Esser et al.); 1 and 2 (Ho et al. 2006.11239)."""
+    return "logit-normal" if objective == "flow" else "uniform"
+
+
 def draw_t(levels: Levels, rng: np.random.Generator) -> float:
     """A noise level for training, in (0, 1].
 

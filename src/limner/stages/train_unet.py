@@ -83,6 +83,7 @@ class TrainUnet:
         if config.zero_terminal_snr:
             self.scheduler = schedulers.with_zero_terminal_snr(self.scheduler)
         self.objective = schedulers.objective_of(self.scheduler)
+        self.levels = config.levels or objectives.usual_levels(self.objective)
         self.betas = getattr(self.scheduler, "betas", None)
         self.facts = self.encoded.facts
         self.rates: dict[str, float] = {}
@@ -120,7 +121,7 @@ class TrainUnet:
         shape = self.encoded.latent_shape(seen["moments"])
         return {
             **seen,
-            "t": np.float32(objectives.draw_t(self.config.levels, rng)),
+            "t": np.float32(objectives.draw_t(self.levels, rng)),
             "noise": objectives.draw_noise(shape, rng, self.config.noise_offset),
             "draw": objectives.draw_noise(shape, rng),
         }

@@ -112,6 +112,16 @@ def test_min_snr_weighs_the_error_of_each_picture_by_its_level(tmp_path: Path, o
     assert weights.std() > 0.1, "the levels differ"
 
 
+@pytest.mark.parametrize(("objective", "levels"), [("flow", "logit-normal"), ("eps", "uniform"), ("v", "uniform")])
+def test_levels_are_those_that_models_of_a_kind_were_trained_with(tmp_path: Path, objective: Any, levels: Any) -> None:
+    usual, _ = batch_of(Toy, tmp_path, objective=objective)
+    said, _ = batch_of(Toy, tmp_path, objective=objective, levels=levels)
+    other, _ = batch_of(Toy, tmp_path, objective=objective, levels="cosine")
+    drawn = [task.first(16)["t"] for task in (usual, said, other)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 # ---- settings that don't go together
 
 
@@ -120,8 +130,8 @@ def test_min_snr_weighs_the_error_of_each_picture_by_its_level(tmp_path: Path, o
     [
         ({"objective": "eps", "levels": "uniform"}, "is for objective=v"),
         ({"objective": "flow", "levels": "uniform"}, "is for objective=v"),
-        ({"objective": "v"}, "set levels=uniform or levels=cosine"),
-        ({"model": "builtin"}, "set levels=uniform or levels=cosine"),
+        ({"objective": "v", "levels": "logit-normal"}, "set levels=uniform or levels=cosine"),
+        ({"model": "builtin", "levels": "logit-normal"}, "set levels=uniform or levels=cosine"),
         ({"objective": "v", "levels": "cosine", "min_snr": 5}, "leave out one"),
     ],
 )
@@ -135,4 +145,4 @@ def test_zero_terminal_snr_is_refused_where_the_last_step_would_teach_nothing(
 
 def test_a_model_is_asked_for_its_own_objective(tmp_path: Path) -> None:
     """The objective that is set is not its, so that the configuration can't refuse it."""
-    config(tmp_path, model="some/model", levels="uniform", zero_terminal_snr=True)
+    config(tmp_path, model="some/model", zero_terminal_snr=True)

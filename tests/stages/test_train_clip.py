@@ -202,6 +202,16 @@ def test_as_many_are_joined_as_the_share_says_and_in_every_order() -> None:
             assert len(set(drawn)) == (3 if join == 0 else 6 + 6), "each caption, or each pair and all three"
 
 
+def test_no_more_captions_are_joined_than_are_read_whole(data: Path, tmp_path: Path) -> None:
+    long = with_captions(data, tmp_path / "d", lambda split, number, had: ["A dog" + " runs" * 28 + "."] * 5)
+    made = task(settings(long, tmp_path / "r", join=1.0, vocabulary=4096))
+    texts = [
+        made.clip.tokenizer.decode(made.stream[position]["ids"], skip_special_tokens=True) for position in range(30)
+    ]
+    assert all(text.endswith(".") for text in texts)
+    assert {text.count(".") for text in texts} == {2}, "of five, two have room"
+
+
 def test_a_picture_is_mirrored_only_where_all_that_is_said_of_it_allows(data: Path, tmp_path: Path) -> None:
     """One of five captions names a side, so that only some of the joined ones do."""
     sided = with_captions(data, tmp_path / "d", lambda split, number, had: ["It is on the left.", *had[1:]])

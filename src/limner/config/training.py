@@ -186,7 +186,7 @@ class TrainClipConfig(TrainConfig):
     colour: float = Field(default=0.0, ge=0, lt=1)
     """Most by which brightness, contrast and saturation of a picture are changed, as a share."""
     join: float = Field(default=0.0, ge=0, le=1)
-    """Share of the examples whose text is several of the image's captions, one after the other."""
+    """Share of the examples whose text is several of the image's captions, as many as are read whole."""
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of each image's patches that CLIP's image tower is not shown in training: about as much time is saved."""
     drift_weight: float = Field(default=0.0, ge=0)

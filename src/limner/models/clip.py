@@ -49,17 +49,21 @@ class Clip:
         """Side of the pictures that the image tower reads, in pixels."""
         return int(self.network.config.vision_config.image_size)
 
+    @property
+    def length(self) -> int:
+        """Tokens that the text tower reads, with start and end."""
+        return min(self.tokenizer.model_max_length, int(self.network.config.text_config.max_position_embeddings))
+
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Token ids of captions, cut and padded to what the text tower reads -> (N, L)."""
-        room = self.network.config.text_config.max_position_embeddings
         ids: Tensor = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=min(self.tokenizer.model_max_length, room),
-            return_tensors="pt",
+            list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )["input_ids"]
         return ids
+
+    def reads_whole(self, caption: str) -> bool:
+        """Whether `tokenize` cuts nothing off."""
+        return len(self.tokenizer(caption, verbose=False)["input_ids"]) <= self.length
 
     def trimmed(self, ids: Tensor) -> Tensor:
         """Ids (N, L) without the padding that all share, where it changes no feature -> (N, the longest text's)."""

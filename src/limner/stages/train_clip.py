@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ class TrainClip:
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:
         record, numbers = self.train[index], draw_captions(self.train[index], rng, self.config.join)
-        path, caption, owner = record.path, " ".join(record.captions[number] for number in numbers), index
+        while len(numbers) > 1 and not self.clip.reads_whole(_joined(record, numbers)):
+            numbers = numbers[:-1]
+        path, caption, owner = record.path, _joined(record, numbers), index
         lesson = {}
         if self.lessons is not None:
             if self.lessons.unpaired and rng.random() < EXTRA:
@@ -154,3 +157,8 @@ def draw_captions(record: Record, rng: np.random.Generator, join: float) -> list
         joined = int(rng.integers(2, count + 1))
         return [int(number) for number in rng.permutation(count)[:joined]]
     return [int(rng.integers(count))]
+
+
+def _joined(record: Record, numbers: Sequence[int]) -> str:
+    """Some captions of a picture as one text."""
+    return " ".join(record.captions[number] for number in numbers)

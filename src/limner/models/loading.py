@@ -10,9 +10,8 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,16 +164,8 @@ def parts_in(root: Path) -> list[str]:
     return [name for name in CLASSES if any(fits(place, name) for place in (root / name, root / "model" / name, root))]
 
 
-@dataclass
-class _Quiet:
-    """How many threads want it, and how loud the libraries were before."""
-
-    inside: int = 0
-    levels: Sequence[int] = ()
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-_quiet = _Quiet()
+_quieting = threading.Lock()
+_loud: list[list[int]] = []  # for each that wants quiet, the verbosity of the libraries before the first did
 
 
 @contextmanager
@@ -187,20 +178,18 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     logs = (diffusers_logging, transformers_logging)
-    with _quiet.lock:
-        _quiet.inside += 1
-        if _quiet.inside == 1:
-            _quiet.levels = [log.get_verbosity() for log in logs]
-            for log in logs:
-                log.set_verbosity(logging.CRITICAL)
-                log.disable_progress_bar()
+    with _quieting:
+        _loud.append(_loud[0] if _loud else [log.get_verbosity() for log in logs])
+        for log in logs:
+            log.set_verbosity(logging.CRITICAL)
+            log.disable_progress_bar()
     try:
         yield
     finally:
-        with _quiet.lock:
-            _quiet.inside -= 1
-            if not _quiet.inside:
-                for log, level in zip(logs, _quiet.levels):
+        with _quieting:
+            levels = _loud.pop()
+            if not _loud:
+                for log, level in zip(logs, levels):
                     log.set_verbosity(level)
                     log.enable_progress_bar()
 

@@ -74,6 +74,9 @@ class Page:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self._followed: dict[str | None, str] = {}
+        """The job that each open page, by its session, shows while it is drawn. (Where an event of Gradio's cancels
+        another, the browser complains of a broken connection.)"""
         with gr.Blocks(
             title="Limner", analytics_enabled=False, fill_width=True, delete_cache=(3600, UPLOADS_LAST)
         ) as self.blocks:
@@ -130,7 +133,6 @@ class Page:
             settings,  # as a set: one dictionary comes of them
             followed,
             trigger_mode="once",
-            cancels=[loaded],
             **quiet,
         )
         drawn.then(self._list, known, listed, **quiet)
@@ -152,39 +154,47 @@ class Page:
             asked = await run_in_threadpool(self.controls.asked, values)
             job = await run_in_threadpool(self.service.submit, asked, _client(request).owner)
         except (ValidationError, UserError, QueueFull, Draining, SQLAlchemyError) as error:
+            self._followed.pop(request.session_hash, None)
             yield {self.easel: easel.refused(_sentence(error))}
             return
-        async for update in self._follow(job.id):
+        async for update in self._follow(job.id, request):
             yield update
 
     async def _resume(self, request: gr.Request) -> AsyncIterator[Update]:
         """Show the newest job of whoever opens the page, and follow it if it has not ended."""
         newest = await run_in_threadpool(self.service.listed, _client(request).scope, limit=1)
-        if newest:
-            async for update in self._follow(newest[0].id):
+        if newest and request.session_hash not in self._followed:  # who was quick has begun to draw
+            async for update in self._follow(newest[0].id, request):
                 yield update
 
-    async def _follow(self, id_: str) -> AsyncIterator[Update]:
-        """Show a job until it ends."""
-        shown, told = Easel(), 0.0
-        async for event in self.service.follow(id_):
-            if event.name == "preview":
-                shown.preview = event.data["jpeg"]
-                continue
-            if event.name == "image":
-                shown.preview = None
-            ended = event.name not in {"queued", "step", "image"}
-            if not ended and time.monotonic() < told + PACE:
-                continue
-            job = JobView(**event.data) if ended else await run_in_threadpool(self.service.get, id_)
-            assert job is not None
-            told, drawing = time.monotonic(), job.state in OPEN
-            yield {
-                self.easel: shown.show(job),
-                self.job: id_,
-                self.controls.begin: _pressable(self.controls.begin, not drawing),
-                self.controls.cancel: _pressable(self.controls.cancel, drawing),
-            }
+    async def _follow(self, id_: str, request: gr.Request) -> AsyncIterator[Update]:
+        """Show a job until it ends, or the page shows something else."""
+        page, shown, told = request.session_hash, Easel(), 0.0
+        self._followed[page] = id_
+        try:
+            async for event in self.service.follow(id_):
+                if self._followed.get(page) != id_:
+                    return
+                if event.name == "preview":
+                    shown.preview = event.data["jpeg"]
+                    continue
+                if event.name == "image":
+                    shown.preview = None
+                ended = event.name not in {"queued", "step", "image"}
+                if not ended and time.monotonic() < told + PACE:
+                    continue
+                job = JobView(**event.data) if ended else await run_in_threadpool(self.service.get, id_)
+                assert job is not None
+                told, drawing = time.monotonic(), job.state in OPEN
+                yield {
+                    self.easel: shown.show(job),
+                    self.job: id_,
+                    self.controls.begin: _pressable(self.controls.begin, not drawing),
+                    self.controls.cancel: _pressable(self.controls.cancel, drawing),
+                }
+        finally:
+            if self._followed.get(page) == id_:
+                del self._followed[page]
 
     def _cancel(self, id_: str, request: gr.Request) -> None:
         self.service.cancel(id_, _client(request).scope)

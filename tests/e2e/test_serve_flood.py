@@ -1,6 +1,6 @@
 """More jobs than are drawn in a while, over HTTP: who comes too late is told, the list stays quick, and none is lost.
 
-`python tests/e2e/test_serve_flood.py JOBS` queues as many as are wanted.
+`PYTHONPATH=tests python tests/e2e/test_serve_flood.py JOBS` queues as many as are wanted.
 """
 
 from __future__ import annotations

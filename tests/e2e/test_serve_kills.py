@@ -1,6 +1,6 @@
 """A server killed at random moments under load, and begun again: every accepted job ends once.
 
-`python tests/e2e/test_serve_kills.py ROUNDS` does it as often as is wanted, with 20 clients.
+`PYTHONPATH=tests python tests/e2e/test_serve_kills.py ROUNDS` does it as often as is wanted, with 20 clients.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the OpenAPI document says is what the server does: schemathesis sends what it thinks of.
 
-`python tests/e2e/test_serve_schema.py CASES` sends as many as are wanted to each route.
+`PYTHONPATH=tests python tests/e2e/test_serve_schema.py CASES` sends as many as are wanted to each route.
 """
 
 from __future__ import annotations

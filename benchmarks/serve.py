@@ -105,8 +105,8 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}_ms": round(float(np.percentile(seconds, q)) * 1000, 1) for q in (50, 95, 99)}
 
 
-def load(server: Server, clients: int, pictures: int) -> dict[str, float]:
-    """Draw so many pictures for so many clients at once, each waiting for its own."""
+def load(server: Server, clients: int, pictures: int, *, own: bool = False) -> dict[str, float]:
+    """Draw so many pictures for so many clients at once, each waiting for its own; with `own` settings no two alike."""
     numbers = iter(range(pictures))
     lock = threading.Lock()
     drawn: list[float] = []
@@ -118,9 +118,8 @@ def load(server: Server, clients: int, pictures: int) -> dict[str, float]:
                 seed = next(numbers, None)
             if seed is None:
                 return
-            status, seconds = server.request(
-                "POST", "/v1/images/generations", {"prompt": PROMPT, "seed": seed, "steps": STEPS}
-            )
+            body = {"prompt": PROMPT, "seed": seed, "steps": STEPS, **({"guidance": 2 + seed / 100} if own else {})}
+            status, seconds = server.request("POST", "/v1/images/generations", body)
             statuses.add(status)
             drawn.append(seconds)
 
@@ -175,6 +174,7 @@ def main() -> None:
                 engine.append(bare(model, arguments.pictures // len(CLIENTS), n))
                 figures[f"clients_{n}"] = load(server, n, arguments.pictures)
                 print(f"clients {n}: {figures[f'clients_{n}']}, engine {engine[-1]:.2f}", flush=True)
+            figures["clients_8_own_settings"] = load(server, 8, arguments.pictures, own=True)
             figures["get_while_drawing"] = looks(server, arguments.pictures * 3)
         finally:
             server.end()

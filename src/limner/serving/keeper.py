@@ -1,11 +1,11 @@
-"""What is drawn is put on disk and into the database, by a thread of its own while the next pictures are drawn."""
+"""What is drawn is put on disk and into the database."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,9 @@ class Held:
     """JPEG of what the picture that is drawn now is going to look like, roughly."""
     wanted: bool = True
     """Whether it still is; not when it was cancelled, or taken over."""
+    parts: int = 1
+    """What is still to be begun or drawn of it."""
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def best_of(self) -> int | None:
@@ -53,39 +56,13 @@ def folder_of(out: Path, job: str) -> Path:
 
 
 class Keeper:
-    """Keeps pictures in the order in which they were drawn, for a worker."""
+    """Keeps pictures for a worker; any thread may ask it to."""
 
     def __init__(self, worker: str, out: Path, store: Store, changes: Changes, metrics: Metrics) -> None:
         self._worker, self._out, self._store, self._changes, self._metrics = worker, out, store, changes, metrics
-        self._thread = ThreadPoolExecutor(1, "keep")
-        self._last: Future[None] | None = None
 
-    def begin(self, pictures: Sequence[tuple[Held, int, Picture]]) -> None:
-        """Keep pictures, each with its job and its number there, once those before them are. Raises as `settle`."""
-        self.settle()  # so that no more than one batch waits, and what went wrong is heard
-        self._last = self._thread.submit(self._keep_all, pictures)
-
-    def then(self, act: Callable[[], None]) -> None:
-        """Do something when all before it is kept."""
-        self._thread.submit(act)
-
-    def settle(self) -> None:
-        """Wait until all is kept. Raises CannotKeep or SQLAlchemyError where that failed."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-    def close(self) -> None:
-        """Let go of the thread."""
-        self._thread.shutdown()
-
-    def fail(self, held: Held, error: str, *, fault: bool) -> None:
-        """End a job, saying why and whose fault it is."""
-        held.wanted = False
-        if self._store.fail(self._worker, held.row.id, error, fault=fault):
-            self._ended_as(held, "failed")
-
-    def _keep_all(self, pictures: Sequence[tuple[Held, int, Picture]]) -> None:
+    def keep(self, pictures: Sequence[tuple[Held, int, Picture]]) -> None:
+        """Keep pictures, each with its job and its number there. Raises CannotKeep or SQLAlchemyError."""
         for held, number, picture in pictures:
             try:
                 self._keep(held, number, picture)
@@ -94,6 +71,12 @@ class Keeper:
             except Exception:
                 log.exception("keeping failed", extra={"job": held.row.id})
                 self.fail(held, FAILED, fault=True)
+
+    def fail(self, held: Held, error: str, *, fault: bool) -> None:
+        """End a job, saying why and whose fault it is."""
+        held.wanted = False
+        if self._store.fail(self._worker, held.row.id, error, fault=fault):
+            self._ended_as(held, "failed")
 
     def _keep(self, held: Held, number: int, picture: Picture) -> None:
         if not held.wanted:
@@ -114,20 +97,19 @@ class Keeper:
             bytes=size,
             score=record.get("score"),
         )
-        last = number == job.pictures - 1
         best = job.settings["n"] if held.best_of else None
-        others = self._store.keep(self._worker, image, step=job.steps if last else held.step, last=last, best=best)
-        if others is None:
+        kept = self._store.keep(self._worker, image, step=held.step, best=best)
+        if kept is None:
             held.wanted = False
             path.unlink(missing_ok=True)
+            return
+        self._metrics.pictures.labels(job.model).inc()
+        if kept.last:
+            self._ended_as(held, "done")
         else:
-            self._metrics.pictures.labels(job.model).inc()
-            if last:
-                self._ended_as(held, "done")
-            else:
-                self._changes.tell(job.id, step=True)
-        for other in others or ():
-            (self._out / other).unlink(missing_ok=True)
+            self._changes.tell(job.id, step=True)
+        for file in kept.dropped:
+            (self._out / file).unlink(missing_ok=True)
 
     def _ended_as(self, held: Held, state: str) -> None:
         self._metrics.ended.labels(state).inc()

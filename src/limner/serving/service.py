@@ -294,9 +294,9 @@ def _news(job: JobView, preview: bytes | None, told: dict[str, Any]) -> list[Eve
     if preview is not None and told.get("preview") is not preview:
         news.append(Event("preview", {"jpeg": base64.b64encode(preview).decode()}))
         told["preview"] = preview
-    for image in job.images[told.get("images", 0) :]:
-        news.append(Event("image", image.model_dump()))
-    told["images"] = len(job.images)
+    images = told.setdefault("images", set())  # which need not come in their order
+    news += [Event("image", image.model_dump()) for image in job.images if image.id not in images]
+    images.update(image.id for image in job.images)
     if job.state not in OPEN:
         news.append(Event(job.state, json.loads(job.model_dump_json())))
     return news

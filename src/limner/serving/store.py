@@ -13,8 +13,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ class QueueFull(Exception):
         self.seconds = seconds
         self.own = own
         """Whether it is the token's own limit."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What came of a picture that was kept."""
+
+    last: bool
+    """Whether the job has ended with it."""
+    dropped: Sequence[str] = ()
+    """Files of pictures that are not among the best, which nobody knows any more."""
 
 
 def new_id() -> str:
@@ -190,9 +201,9 @@ class Store:
 
     # What workers do
 
-    def take(self, worker: str, *, pictures: Callable[[JobRow], int], lease: float) -> Sequence[JobRow]:
-        """The job that is next, and further ones of its shape with up to so many pictures in all as `pictures` says of
-        it, for `lease` seconds."""
+    def take(self, worker: str, *, pictures: int, lease: float) -> Sequence[JobRow]:
+        """The job that is next, and further ones of its shape with up to so many pictures in all, for `lease`
+        seconds."""
         now = time.time()
         with self.session(write=True, durable=False) as session:
 
@@ -202,7 +213,7 @@ class Store:
 
             jobs = list(next_of(JobRow.state == "running", JobRow.lease < now) or next_of(JobRow.state == "queued"))
             first = jobs[0] if jobs else None
-            room = pictures(first) - first.pictures if first else 0
+            room = pictures - first.pictures if first else 0
             if first and room > 0:
                 alike = (JobRow.state == "queued", JobRow.shape == first.shape, JobRow.number != first.number)
                 for job in next_of(*alike, limit=room):
@@ -225,29 +236,30 @@ class Store:
             session.execute(update(JobRow).where(*held).values(**values))
             return set(session.scalars(select(JobRow.id).where(*held)))
 
-    def keep(self, worker: str, image: ImageRow, *, step: int, last: bool, best: int | None = None) -> list[str] | None:
-        """Add a picture to a job that the worker holds, which ends with its last, and then has its `best` ones only.
-
-        -> the files of the others, which nobody knows any more; None where the worker doesn't hold the job.
-        """
+    def keep(self, worker: str, image: ImageRow, *, step: int, best: int | None = None) -> Kept | None:
+        """Add a picture to a job that the worker holds, which ends when all are there, and then has its `best` ones
+        only; None where the worker doesn't hold the job, or the picture is there already."""
         with self.session(write=True) as session:
             wanted = select(JobRow).where(JobRow.id == image.job, *_held(worker)).with_for_update()
             job = session.scalar(wanted)
             if job is None:
                 return None
+            there = set(session.scalars(select(ImageRow.number).where(ImageRow.job == job.id)))
+            if image.number in there:
+                return None
             session.add(image)
             job.step = step
-            if not last:
-                return []
-            job.state, job.finished, job.worker, job.lease = "done", time.time(), None, None
+            if len(there) + 1 < job.pictures:
+                return Kept(last=False)
+            job.state, job.step, job.finished, job.worker, job.lease = "done", job.steps, time.time(), None, None
             if best is None:
-                return []
+                return Kept(last=True)
             session.flush()
             ranked = select(ImageRow).where(ImageRow.job == job.id).order_by(*BEST_FIRST)
             others = session.scalars(ranked.offset(best)).all()
             for other in others:
                 session.delete(other)
-            return [other.file for other in others]
+            return Kept(last=True, dropped=[other.file for other in others])
 
     def fail(self, worker: str, id_: str, error: str, *, fault: bool) -> bool:
         """End a job that the worker holds, saying why and whose fault it is; tell whether it held it."""

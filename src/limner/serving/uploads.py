@@ -7,6 +7,7 @@ import io
 import os
 import re
 import time
+import zipfile
 from collections.abc import Container
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 FRESH = 3600  # seconds that a picture stays without a job, which may be about to be stored
 DIGEST = re.compile("[0-9a-f]{64}")
 HEAD = re.compile(r"data:[\w/+.-]+;base64,")
+OTHER_KINDS = re.compile(rb"<script|<html|<\?php|%PDF-", re.IGNORECASE)
+"""What a file has in it that is a page, a program or a document beside a picture; an archive is known by its end."""
 
 
 class Uploads:
@@ -107,6 +110,9 @@ class Uploads:
             raise DataError(f"There is no picture {digest[:12]}… here; send it again.") from None
 
     def _decoded(self, data: bytes, *, mask: bool) -> Source:
+        if OTHER_KINDS.search(data) or zipfile.is_zipfile(io.BytesIO(data)):
+            what = "mask" if mask else "picture"
+            raise DataError(f"The {what} is a file of another kind too; open it and save it again as a PNG.")
         name = sha256(data).hexdigest()
         decode = sources.mask_of if mask else sources.picture_of
         return decode(data, name, self.most_pixels)

@@ -1,13 +1,12 @@
-"""The thread that draws: takes jobs under a lease, hands each picture on to be kept, stops at a word."""
+"""What draws: takes jobs under a lease whenever a lane is free, keeps each picture, stops at a word."""
 
 from __future__ import annotations
 
-import io
+import functools
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,9 @@ from limner.config import ServeConfig
 from limner.errors import ModelError, UserError
 from limner.generation.jobs import Job, Spec, make_jobs
 from limner.serving.changes import Changes
-from limner.serving.keeper import FAILED, CannotKeep, Held, Keeper
+from limner.serving.crew import Crew
+from limner.serving.drawer import Drawer, Unit, jobs_of, sentence
+from limner.serving.keeper import CannotKeep, Held, Keeper
 from limner.serving.metrics import Metrics
 from limner.serving.retention import make_room
 from limner.serving.schemas import JobRequest
@@ -27,8 +28,6 @@ from limner.serving.tables import ImageRow, JobRow
 from limner.serving.uploads import Uploads
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from limner.generation.model import Model
     from limner.generation.sources import Source
 
@@ -38,12 +37,6 @@ TROUBLED = 5.0  # seconds until the next try where disk or database fail
 POLL = 0.5  # seconds between looks into the queue, which another server may have filled
 PULSE = 1.0  # seconds between signs of life, and so the longest until a cancel by another server is heard
 TIDY = 60.0  # seconds between looks at the room on the disk
-PREVIEW = 256  # pixels of its longer side, at most
-SHAPES = 1000  # of which it is known how many pictures are drawn at once
-
-
-class Halt(Exception):
-    """Ends a drawing at its next step."""
 
 
 def to_draw(spec: Spec, request: JobRequest, sources: Mapping[str, Source]) -> list[Job]:
@@ -72,7 +65,7 @@ def shape_of(model: str, loras: Sequence[str], job: Job) -> str:
 
 
 class Worker:
-    """Draws what is in the queue, one batch after the other."""
+    """Draws what is in the queue, in its order: on a CPU pictures side by side, elsewhere in batches."""
 
     def __init__(
         self,
@@ -86,10 +79,11 @@ class Worker:
         self.id = worker_id()
         self.ready = False
         """Whether the first model is loaded, so that drawing begins at once."""
-        self._at_once: dict[str, int] = {}
-        """How many pictures of a shape are drawn at once, of those drawn lately."""
         self._config, self._store, self._shelf, self._uploads = config, store, shelf, uploads
         self._changes, self._metrics = changes, metrics
+        self._side_by_side = shelf.device.type == "cpu"
+        self._crew = Crew()
+        self._drawn_with: object = None
         self._keeper = Keeper(self.id, config.out, store, changes, metrics)
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
@@ -97,10 +91,11 @@ class Worker:
         self._draining = threading.Event()
         self._halting = threading.Event()
         self._ended = threading.Event()
+        self._drawer = Drawer(self._keeper, changes, metrics, self._halting)
         self._threads = [threading.Thread(target=run, daemon=True, name=name) for name, run in self._loops()]
 
     def _loops(self) -> list[tuple[str, Callable[[], None]]]:
-        return [("draw", self._draw_all), ("pulse", self._pulse), ("tidy", self._tidy)]
+        return [("take", self._draw_all), ("pulse", self._pulse), ("tidy", self._tidy)]
 
     def start(self) -> None:
         """Begin to draw."""
@@ -150,25 +145,22 @@ class Worker:
             self._go_on(last=True)
         finally:
             self.ready = False
-            self._keeper.close()
+            self._crew.close()
             self._ended.set()
 
     def _go_on(self, *, last: bool = False) -> None:
-        """Draw the jobs that are next, or wait for some; with `last` only see what was drawn kept."""
+        """Begin the jobs that are next, or wait for some; with `last` only see what was begun kept, or handed back."""
         try:
-            jobs = [] if last else self._store.take(self.id, pictures=self._room, lease=self._config.lease)
-            if jobs:
-                self._draw(jobs)
-                return
-            self._keeper.settle()
-            if not last:
-                self._more.wait(POLL)
-                self._more.clear()
+            if last:
+                self._finish()
+            else:
+                self._take()
         except SQLAlchemyError:  # what was drawn then is taken again when its lease has run out
             log.exception("the queue can't be used")
             self._draining.wait(TROUBLED)
         except CannotKeep as error:  # as on a full disk, where no later job would fare better
             log.error("a picture can't be written", extra={"why": str(error)})
+            self._drop_all()
             with suppress(SQLAlchemyError):
                 self._store.give_back(self.id)
             self._draining.wait(TROUBLED)
@@ -176,9 +168,29 @@ class Worker:
             log.exception("drawing goes on after a fault")
             self._draining.wait(TROUBLED)
 
-    def _room(self, first: JobRow) -> int:
-        """How many pictures to take with the job that is next; on a CPU it alone is ready soonest, if it is large."""
-        return self._at_once.get(first.shape, 1 if self._shelf.device.type == "cpu" else self._config.batch_size)
+    def _take(self) -> None:
+        self._crew.wait()
+        if self._draining.is_set():
+            return
+        room = 1 if self._side_by_side else self._config.batch_size
+        if jobs := self._store.take(self.id, pictures=room, lease=self._config.lease):
+            self._begin(jobs)
+        else:
+            self._more.wait(POLL)
+            self._more.clear()
+
+    def _finish(self) -> None:
+        self._crew.finish()
+        if self._halting.is_set():
+            log.info("drawing stopped", extra={"given_back": self._store.give_back(self.id)})
+
+    def _drop_all(self) -> None:
+        """Wait until nothing is drawn any more, and keep none of it."""
+        with self._lock:
+            for held in self._held.values():
+                held.wanted = False
+        with suppress(Exception):
+            self._crew.finish()
 
     def _prepare(self) -> None:
         with suppress(SQLAlchemyError):
@@ -217,30 +229,28 @@ class Worker:
             if self._ended.wait(TIDY):
                 return
 
-    def _draw(self, jobs: Sequence[JobRow]) -> None:
-        """Draw jobs of one shape, in batches that may cross from one to the next."""
-        held = {job.id: Held(job) for job in jobs}
+    def _begin(self, jobs: Sequence[JobRow]) -> None:
+        """Begin jobs of one shape, in units that may cross from one to the next."""
+        all_held = [Held(job) for job in jobs]
         with self._lock:
-            self._held |= held
-        started = time.monotonic()
+            self._held |= {held.row.id: held for held in all_held}
         for job in jobs:
             log.info("job started", extra={"job": job.id, "model": job.model, "attempt": job.attempts})
             self._changes.tell(job.id, step=True)
         try:
-            self._draw_held([one for one in held.values() if not self._given_up(one)])
-            self._keeper.then(lambda: self._let_go(held, started))
-        except Exception as error:
-            self._let_go(held, started)
-            if not isinstance(error, Halt):
-                raise
-            self._keeper.settle()
-            given_back = self._store.give_back(self.id)
-            log.info("drawing stopped", extra={"given_back": given_back})
+            self._begin_held([held for held in all_held if not self._given_up(held)])
+        finally:
+            self._let_go(all_held)
 
-    def _let_go(self, held: Mapping[str, Held], started: float) -> None:
+    def _let_go(self, some: Iterable[Held]) -> None:
+        """What has begun or drawn a part of these jobs is done with it; they are held no more when all are."""
         with self._lock:
-            self._held = {id_: one for id_, one in self._held.items() if one is not held.get(id_)}
-        self._metrics.drawing.observe(time.monotonic() - started)
+            for held in some:
+                held.parts -= 1
+                if not held.parts:
+                    self._metrics.drawing.observe(time.monotonic() - held.since)
+                    if self._held.get(held.row.id) is held:
+                        del self._held[held.row.id]
 
     def _given_up(self, held: Held) -> bool:
         if held.row.attempts <= self._config.attempts:
@@ -250,10 +260,13 @@ class Worker:
         )
         return True
 
-    def _draw_held(self, jobs: Sequence[Held]) -> None:
+    def _begin_held(self, jobs: Sequence[Held]) -> None:
         if not jobs:
             return
         name, texts = jobs[0].row.model, jobs[0].row.settings.get("loras", ())
+        if self._drawn_with != (name, texts):  # which may have to make room for this
+            self._crew.finish()
+            self._drawn_with = name, texts
         try:
             if name not in self._shelf.specs:
                 raise ModelError(f"There is no model {name} on this server any more.")
@@ -262,19 +275,23 @@ class Worker:
             if not isinstance(error, UserError):
                 log.exception("the model can't be used", extra={"model": name})
             for held in jobs:  # of a LoRA that is not for the model, who chose it is to blame
-                self._keeper.fail(held, _sentence(error), fault=not (texts and isinstance(error, UserError)))
+                self._keeper.fail(held, sentence(error), fault=not (texts and isinstance(error, UserError)))
             return
-        images = self._store.images([held.row.id for held in jobs])
+        images = self._store.images([held.row.id for held in jobs if held.row.step])  # by a server that died
         todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held, images)]
         if not todo:
             return
-        if len(self._at_once) == SHAPES:
-            self._at_once.clear()
-        size = self._at_once[jobs[0].row.shape] = model.at_once(todo[0][2], self._config.batch_size)
+        at_once = model.at_once(todo[0][2], self._config.batch_size)
+        lanes, size = (at_once, 1) if self._side_by_side else (1, at_once)
+        self._crew.share_out(lanes)
         for start in range(0, len(todo), size):
-            batch = [one for one in todo[start : start + size] if one[0].wanted]
-            if batch:
-                self._draw_batch(model, batch)
+            self._crew.wait()
+            unit = [one for one in todo[start : start + size] if one[0].wanted]
+            if unit and not self._halting.is_set():
+                with self._lock:
+                    for held in jobs_of(unit):
+                        held.parts += 1
+                self._crew.begin(functools.partial(self._draw, model, unit))
 
     def _missing(self, spec: Spec, held: Held, images: Sequence[ImageRow]) -> list[tuple[int, Job]]:
         """The pictures that a job still lacks, of which `images` are there: all, unless a server died while it drew it.
@@ -289,72 +306,14 @@ class Worker:
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("the job can't be used", extra={"job": held.row.id})
-            self._keeper.fail(held, _sentence(error), fault=True)
+            self._keeper.fail(held, sentence(error), fault=True)
             return []
         self._keeper.clear(held.row.id, [image.file for image in own])
         held.step = sum(draws[number].steps_taken for number in there)
         return [(number, job) for number, job in enumerate(draws) if number not in there]
 
-    def _draw_batch(self, model: Model, batch: Sequence[tuple[Held, int, Job]]) -> None:
-        """Draw pictures of one shape, which are kept meanwhile; where they fail together, each is tried alone."""
-        of_id = {held.row.id: held for held, _, _ in batch}
-        before = {id_: held.step for id_, held in of_id.items()}
-        shares = Counter(held.row.id for held, _, _ in batch)
-        advanced = 0
-
-        def on_step(amount: int) -> None:
-            nonlocal advanced
-            advanced += amount
-            self._metrics.steps.inc(amount)
-            for id_, share in shares.items():
-                of_id[id_].step = before[id_] + advanced * share // len(batch)
-                self._changes.tell(id_, step=True)
-            if self._halting.is_set() or not any(held.wanted for held, _, _ in batch):
-                raise Halt
-
-        def on_preview(job: Job, image: Callable[[], Image]) -> None:
-            followed = [held for held, _, one in batch if one == job and self._changes.followed(held.row.id)]
-            if followed:
-                preview = _jpeg(image())
-                for held in followed:
-                    held.preview = preview
-
+    def _draw(self, model: Model, unit: Unit, free: Callable[[], None]) -> None:
         try:
-            jobs = [job for _, _, job in batch]
-            pictures = list(model.draw(jobs, batch_size=len(batch), on_step=on_step, on_preview=on_preview))
-            drawn = [
-                (held, number, model.scored(picture, held.best_of) if held.best_of else picture)
-                for (held, number, _), picture in zip(batch, pictures, strict=True)
-            ]
-        except Halt:
-            if self._halting.is_set():
-                raise
-        except Exception as error:
-            if len(batch) > 1:
-                for id_, held in of_id.items():
-                    held.step = before[id_]
-                for one in batch:
-                    self._draw_batch(model, [one])
-                return
-            if not isinstance(error, UserError):
-                log.exception("drawing failed", extra={"job": batch[0][0].row.id})
-            self._keeper.settle()  # what the job has so far stays
-            self._keeper.fail(batch[0][0], _sentence(error), fault=not isinstance(error, UserError))
-        else:
-            self._keeper.begin(drawn)
-
-
-def _jpeg(image: Image) -> bytes:
-    """A small one."""
-    out = io.BytesIO()
-    small = image.copy()
-    small.thumbnail((PREVIEW, PREVIEW))
-    small.save(out, "JPEG", quality=80)
-    return out.getvalue()
-
-
-def _sentence(error: Exception) -> str:
-    """What a client is told."""
-    if isinstance(error, UserError):
-        return str(error)
-    return FAILED
+            self._drawer.draw(model, unit, free)
+        finally:
+            self._let_go(jobs_of(unit))

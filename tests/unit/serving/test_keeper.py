@@ -22,4 +22,3 @@ def test_files_without_a_row_are_cleared(store: Store, tmp_path: Path) -> None:
         (folder / name).touch()
     keeper.clear(job, [(folder / "dog-1.png").relative_to(tmp_path).as_posix()])
     assert [file.name for file in folder.iterdir()] == ["dog-1.png"]
-    keeper.close()

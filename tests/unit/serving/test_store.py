@@ -13,7 +13,7 @@ import pytest
 from limner.errors import ConfigError, RunError
 
 pytest.importorskip("sqlalchemy")
-from limner.serving.store import QueueFull, Store, new_id, worker_id
+from limner.serving.store import Kept, QueueFull, Store, new_id, worker_id
 from limner.serving.tables import ImageRow, JobRow
 from limner.serving.tokens import digest, new_token
 
@@ -43,16 +43,16 @@ def picture(row: JobRow, number: int = 0, **facts: Any) -> ImageRow:
 def test_first_come_first_served(store: Store) -> None:
     rows = [add(store, job(shape=str(i))) for i in range(3)]
     assert [store.places([row.number])[row.number] for row in rows] == [0, 1, 2]
-    taken = [store.take("w", pictures=lambda _: 1, lease=LEASE)[0].id for _ in rows]
+    taken = [store.take("w", pictures=1, lease=LEASE)[0].id for _ in rows]
     assert taken == [row.id for row in rows]
-    assert store.take("w", pictures=lambda _: 1, lease=LEASE) == []
+    assert store.take("w", pictures=1, lease=LEASE) == []
 
 
 def test_jobs_without_pictures_hide_none_that_have_some(store: Store) -> None:
     drawn = add(store, job(pictures=2))
-    store.take("w", pictures=lambda _: 2, lease=LEASE)
+    store.take("w", pictures=2, lease=LEASE)
     for number in range(2):
-        store.keep("w", picture(drawn, number), step=4, last=number == 1)
+        store.keep("w", picture(drawn, number), step=4)
     waiting = [add(store, job()) for _ in range(3)]
     assert [row.id for row in store.listed(limit=2)] == [waiting[2].id, waiting[1].id]
     assert [row.id for row in store.listed(drawn=True, limit=2)] == [drawn.id]
@@ -60,9 +60,9 @@ def test_jobs_without_pictures_hide_none_that_have_some(store: Store) -> None:
 
 def test_a_batch_is_of_one_shape_and_no_larger_than_asked(store: Store) -> None:
     rows = [add(store, job(shape, pictures=n)) for shape, n in (("a", 2), ("b", 1), ("a", 3), ("a", 2), ("a", 1))]
-    taken = store.take("w", pictures=lambda _: 5, lease=LEASE)
+    taken = store.take("w", pictures=5, lease=LEASE)
     assert [row.number for row in taken] == [rows[0].number, rows[2].number]
-    assert [row.number for row in store.take("w", pictures=lambda _: 1, lease=LEASE)] == [rows[1].number]
+    assert [row.number for row in store.take("w", pictures=1, lease=LEASE)] == [rows[1].number]
 
 
 def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: Store) -> None:
@@ -70,9 +70,9 @@ def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: S
     taken: list[str] = []
 
     def work(worker: str, own: Store) -> None:
-        while jobs := own.take(worker, pictures=lambda _: 2, lease=LEASE):
+        while jobs := own.take(worker, pictures=2, lease=LEASE):
             taken.extend(row.id for row in jobs)
-            assert all(own.keep(worker, picture(row), step=4, last=True) == [] for row in jobs)
+            assert all(own.keep(worker, picture(row), step=4) == Kept(last=True) for row in jobs)
         own.close()
 
     threads = [threading.Thread(target=work, args=(f"w{i}", opened())) for i in range(4)]
@@ -86,14 +86,14 @@ def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: S
 
 def test_a_lease_that_ran_out_is_taken_over_and_the_late_one_changes_nothing(store: Store) -> None:
     row = add(store, job())
-    store.take("slow", pictures=lambda _: 1, lease=-1)
-    again = store.take("quick", pictures=lambda _: 1, lease=LEASE)
+    store.take("slow", pictures=1, lease=-1)
+    again = store.take("quick", pictures=1, lease=LEASE)
     assert (again[0].id, again[0].attempts) == (row.id, 2)
     assert store.renew("slow", {row.id: 3}, LEASE) == set()
-    assert store.keep("slow", picture(row), step=4, last=True) is None
+    assert store.keep("slow", picture(row), step=4) is None
     assert not store.fail("slow", row.id, "no", fault=True)
     assert store.renew("quick", {row.id: 3}, LEASE) == {row.id}
-    assert store.keep("quick", picture(row), step=4, last=True) == []
+    assert store.keep("quick", picture(row), step=4) == Kept(last=True)
     assert not store.cancel(row.id, None)
     ended = store.get(row.id)
     assert ended is not None
@@ -103,9 +103,9 @@ def test_a_lease_that_ran_out_is_taken_over_and_the_late_one_changes_nothing(sto
 
 def test_a_cancelled_job_keeps_no_picture(store: Store) -> None:
     row = add(store, job())
-    store.take("w", pictures=lambda _: 1, lease=LEASE)
+    store.take("w", pictures=1, lease=LEASE)
     assert store.cancel(row.id, 2)
-    assert store.keep("w", picture(row), step=4, last=True) is None
+    assert store.keep("w", picture(row), step=4) is None
     assert store.renew("w", {row.id: 3}, LEASE) == set()
     ended = store.get(row.id)
     assert ended is not None
@@ -114,9 +114,9 @@ def test_a_cancelled_job_keeps_no_picture(store: Store) -> None:
 
 def test_what_is_handed_back_is_next_and_nobody_s_fault(store: Store) -> None:
     row, _ = add(store, job("a")), add(store, job("b"))
-    store.take("w", pictures=lambda _: 1, lease=LEASE)
+    store.take("w", pictures=1, lease=LEASE)
     assert store.give_back("w") == 1
-    again = store.take("v", pictures=lambda _: 1, lease=LEASE)[0]
+    again = store.take("v", pictures=1, lease=LEASE)[0]
     assert (again.id, again.attempts) == (row.id, 1)
 
 
@@ -124,15 +124,15 @@ def test_the_dead_of_this_machine_are_known(store: Store) -> None:
     add(store, job())
     me = worker_id()
     host, pid, _ = me.rsplit("/", 2)
-    store.take(f"{host}/{pid}/before", pictures=lambda _: 1, lease=LEASE)  # the same number, another life
+    store.take(f"{host}/{pid}/before", pictures=1, lease=LEASE)  # the same number, another life
     store.expire_dead(me)
-    assert len(store.take(me, pictures=lambda _: 1, lease=LEASE)) == 1
+    assert len(store.take(me, pictures=1, lease=LEASE)) == 1
     store.expire_dead(me)
-    assert store.take("x", pictures=lambda _: 1, lease=LEASE) == []
+    assert store.take("x", pictures=1, lease=LEASE) == []
     store.give_back(me)
-    store.take("elsewhere/1/ab", pictures=lambda _: 1, lease=LEASE)
+    store.take("elsewhere/1/ab", pictures=1, lease=LEASE)
     store.expire_dead(me)
-    assert store.take("x", pictures=lambda _: 1, lease=LEASE) == []
+    assert store.take("x", pictures=1, lease=LEASE) == []
 
 
 def test_limits(store: Store) -> None:
@@ -155,24 +155,38 @@ def test_limits(store: Store) -> None:
 
 def test_each_sees_its_own(store: Store) -> None:
     row = add(store, job(owner="anna"))
-    store.take("w", pictures=lambda _: 1, lease=LEASE)
+    store.take("w", pictures=1, lease=LEASE)
     image = picture(row)
     id_ = image.id
-    store.keep("w", image, step=4, last=True)
+    store.keep("w", image, step=4)
     for owner, sees in ((None, True), ("anna", True), ("ben", False)):
         assert (store.get(row.id, owner) is not None) is sees
         assert (store.image(id_, owner) is not None) is sees
         assert bool(store.listed(owner=owner, limit=5)) is sees
 
 
+def test_a_job_ends_with_the_last_of_its_pictures_in_whatever_order_they_come(store: Store) -> None:
+    row = add(store, job(pictures=3))
+    store.take("w", pictures=3, lease=LEASE)
+    for number in (2, 0):
+        assert store.keep("w", picture(row, number), step=2) == Kept(last=False)
+        assert store.keep("w", picture(row, number), step=2) is None, "it is there already"
+    assert store.keep("w", picture(row, 1), step=2) == Kept(last=True)
+    ended = store.get(row.id)
+    assert ended is not None
+    assert (ended.state, ended.step) == ("done", row.steps)
+    assert [image.number for image in store.images([row.id])] == [0, 1, 2]
+
+
 def test_the_best_stay_when_a_job_ends(store: Store) -> None:
     row = add(store, job(pictures=4))
-    store.take("w", pictures=lambda _: 4, lease=LEASE)
+    store.take("w", pictures=4, lease=LEASE)
     scores = (0.1, 0.3, 0.3, 0.2)
     for number, score in enumerate(scores[:3]):
-        assert store.keep("w", picture(row, number, score=score), step=number, last=False, best=2) == []
-    gone = store.keep("w", picture(row, 3, score=scores[3]), step=4, last=True, best=2)
-    assert sorted(gone or []) == [f"{row.id}-0.png", f"{row.id}-3.png"]
+        assert store.keep("w", picture(row, number, score=score), step=number, best=2) == Kept(last=False)
+    kept = store.keep("w", picture(row, 3, score=scores[3]), step=4, best=2)
+    assert kept is not None
+    assert sorted(kept.dropped) == [f"{row.id}-0.png", f"{row.id}-3.png"]
     assert [image.number for image in store.images([row.id])] == [1, 2]
 
 
@@ -242,7 +256,7 @@ def test_ten_thousand_jobs_are_no_hardship(store: Store) -> None:
     started = time.process_time()
     last = add(store, job(), queue=20_000)
     assert store.places([last.number]) == {last.number: 10_000}
-    assert len(store.take("w", pictures=lambda _: 8, lease=LEASE)) == 8
+    assert len(store.take("w", pictures=8, lease=LEASE)) == 8
     assert len(store.listed(limit=50)) == 50
     assert time.process_time() - started < 1
     with pytest.raises(QueueFull):

@@ -1,9 +1,11 @@
-"""What the worker does with batches of several jobs, with two models, and where something fails; as on a GPU."""
+"""What the worker does with batches of several jobs, as on a GPU, and with pictures side by side, as on a CPU; with two
+models, and where something fails."""
 
 from __future__ import annotations
 
 import base64
 import io
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +18,8 @@ from PIL import Image
 pytest.importorskip("sqlalchemy")
 from limner.config import ServeConfig
 from limner.errors import ConfigError
-from limner.generation.model import Model
+from limner.generation.model import Model, Picture
+from limner.serving import worker
 from limner.serving.schemas import JobRequest, JobView
 from limner.serving.service import Service
 from limner.serving.store import QueueFull
@@ -35,11 +38,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
+def beside(folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
+    """One that begins to draw when it is started, two pictures side by side."""
+    monkeypatch.setattr(Model, "at_once", lambda *_: 2)
+    return Service(ServeConfig(models=tuple(folders), out=tmp_path / "served", device="cpu", queue=20))
+
+
+@pytest.fixture
 def service(folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
     """One that begins to draw when it is started, several pictures at once."""
     monkeypatch.setattr(Model, "at_once", lambda *_: BATCH)
     service = Service(ServeConfig(models=tuple(folders), out=tmp_path / "served", device="cpu", queue=20))
-    service.worker._room = lambda _: BATCH  # type: ignore[method-assign]
+    service.worker._side_by_side = False
     return service
 
 
@@ -144,3 +154,54 @@ def test_what_is_refused_leaves_no_file(service: Service) -> None:
     assert not service.uploads.folder.exists()
     assert "limner_jobs_refused_total 1.0" in service.metrics.render({}, 0).decode()
     service.store.close()
+
+
+def test_jobs_of_other_settings_are_drawn_side_by_side(beside: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, together = Model.draw, threading.Barrier(2)
+
+    def meets(self: Model, jobs: Sequence[Any], **more: Any) -> Any:
+        together.wait(60)  # where the other is never begun this fails
+        return draw(self, jobs, **more)
+
+    monkeypatch.setattr(Model, "draw", meets)
+    requests = [JobRequest(prompt="A dog.", seed=1, steps=2), JobRequest(prompt="A cat.", seed=2, steps=3, guidance=2)]
+    requests.append(JobRequest(prompt="A dog.", seed=3, steps=2, n=2))
+    jobs = ended(beside, *map(beside.submit, requests))
+    assert [(job.state, job.step, len(job.images)) for job in jobs] == [("done", 2, 1), ("done", 3, 1), ("done", 4, 2)]
+    assert [image.seed for image in jobs[2].images] == [3, 4]
+
+
+def test_of_pictures_side_by_side_only_the_job_of_one_that_fails_fails(
+    beside: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Model.draw
+
+    def fails(self: Model, jobs: Sequence[Any], **more: Any) -> Any:
+        if jobs[0].seed == 8:
+            raise RuntimeError("no")
+        return draw(self, jobs, **more)
+
+    monkeypatch.setattr(Model, "draw", fails)
+    bad, good = (beside.submit(JobRequest(prompt="A dog.", seed=seed, steps=2, n=2)) for seed in (7, 1))
+    bad, good = ended(beside, bad, good)
+    assert (bad.state, bad.fault) == ("failed", True)
+    assert (good.state, len(good.images)) == ("done", 2)
+
+
+def test_what_can_t_be_kept_is_drawn_again(beside: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "TROUBLED", 0.1)
+    save, tries = Picture.save, []
+
+    def full(self: Picture, folder: Path | str, *more: Any) -> Path:
+        tries.append(self.record["seed"])
+        if len(tries) < 3:
+            raise OSError(28, "No space left on device")
+        return save(self, folder, *more)
+
+    monkeypatch.setattr(Picture, "save", full)
+    jobs = [beside.submit(JobRequest(prompt="A dog.", seed=seed, steps=1, n=2)) for seed in (1, 5)]
+    jobs = ended(beside, *jobs)
+    assert [(job.state, len(job.images)) for job in jobs] == [("done", 2), ("done", 2)]
+    assert len(tries) >= 6
+    rows = [beside.store.get(job.id) for job in jobs]
+    assert all(row is not None and row.attempts == 1 for row in rows), "nobody's fault"

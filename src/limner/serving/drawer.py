@@ -1,0 +1,130 @@
+"""One drawing of the server's: pictures that are drawn together, which tell how far they are and stop at a word."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from limner.errors import UserError
+from limner.generation.jobs import Job
+from limner.serving.changes import Changes
+from limner.serving.keeper import FAILED, Held, Keeper
+from limner.serving.metrics import Metrics
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from limner.generation.model import Model, Picture
+
+log = logging.getLogger("limner.serve")
+
+PREVIEW = 256  # pixels of its longer side, at most
+
+Unit = Sequence[tuple[Held, int, Job]]
+"""Pictures that are drawn together, each with its job here and its number there."""
+
+
+class Halt(Exception):
+    """Ends a drawing at its next step."""
+
+
+class Drawer:
+    """Draws for a worker; several threads may at once."""
+
+    def __init__(self, keeper: Keeper, changes: Changes, metrics: Metrics, halting: threading.Event) -> None:
+        """`halting` ends what is being drawn."""
+        self._keeper, self._changes, self._metrics, self._halting = keeper, changes, metrics, halting
+        self._lock, self._scoring = threading.Lock(), threading.Lock()
+
+    def draw(self, model: Model, unit: Unit, free: Callable[[], None]) -> None:
+        """Draw pictures of one shape, say that the lane is free, and keep them. Raises as `Keeper.keep`."""
+        try:
+            drawn = self._drawn(model, unit)
+            free()
+            self._keeper.keep(drawn)
+        except Halt:
+            pass
+        except Exception:
+            for held in jobs_of(unit):
+                held.wanted = False
+            raise
+
+    def _drawn(self, model: Model, unit: Unit) -> list[tuple[Held, int, Picture]]:
+        """The pictures; where they fail together, each is tried and kept alone. Raises Halt."""
+        shares = Counter(held.row.id for held, _, _ in unit)
+        jobs = jobs_of(unit)
+        advanced = Counter[str]()
+
+        def advance(held: Held, amount: int) -> None:
+            with self._lock:  # as other pictures of the same job may be drawn beside
+                held.step += amount
+                advanced[held.row.id] += amount
+
+        def on_step(amount: int) -> None:
+            self._metrics.steps.inc(amount)
+            for held in jobs:
+                advance(held, amount * shares[held.row.id] // len(unit))
+                self._changes.tell(held.row.id, step=True)
+            if self._halting.is_set() or not any(held.wanted for held in jobs):
+                raise Halt
+
+        def on_preview(job: Job, image: Callable[[], Image]) -> None:
+            followed = [held for held, _, one in unit if one == job and self._changes.followed(held.row.id)]
+            if followed:
+                preview = _jpeg(image())
+                for held in followed:
+                    held.preview = preview
+
+        try:
+            pictures = model.draw(
+                [job for _, _, job in unit], batch_size=len(unit), on_step=on_step, on_preview=on_preview
+            )
+            return [
+                (held, number, self._scored(model, picture, held.best_of))
+                for (held, number, _), picture in zip(unit, pictures, strict=True)
+            ]
+        except Halt:
+            raise
+        except Exception as error:
+            if len(unit) > 1:
+                for held in jobs:
+                    advance(held, -advanced[held.row.id])
+                for alone in unit:
+                    if alone[0].wanted:
+                        self.draw(model, [alone], lambda: None)
+                return []
+            if not isinstance(error, UserError):
+                log.exception("drawing failed", extra={"job": unit[0][0].row.id})
+            self._keeper.fail(unit[0][0], sentence(error), fault=not isinstance(error, UserError))
+            return []
+
+    def _scored(self, model: Model, picture: Picture, best_of: int | None) -> Picture:
+        if best_of is None:
+            return picture
+        with self._scoring:
+            return model.scored(picture, best_of)
+
+
+def jobs_of(unit: Unit) -> list[Held]:
+    """Each once."""
+    return [*{held.row.id: held for held, _, _ in unit}.values()]
+
+
+def _jpeg(image: Image) -> bytes:
+    """A small one."""
+    out = io.BytesIO()
+    small = image.copy()
+    small.thumbnail((PREVIEW, PREVIEW))
+    small.save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
+def sentence(error: Exception) -> str:
+    """What a client is told."""
+    if isinstance(error, UserError):
+        return str(error)
+    return FAILED

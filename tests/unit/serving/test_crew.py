@@ -1,0 +1,74 @@
+"""The threads that draw: as many at once as there are lanes, and what goes wrong in them is heard."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+pytest.importorskip("sqlalchemy")
+from limner.serving.crew import Crew
+
+SOON = 10.0  # seconds in which what is expected must happen
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    crew = Crew()
+    yield crew
+    crew.close()
+
+
+def test_no_more_at_once_than_lanes_and_keeping_is_not_drawing(crew: Crew) -> None:
+    crew.share_out(2)
+    lock, drawing, most = threading.Lock(), 0, 0
+    together, kept, go_on = threading.Barrier(2), [], threading.Event()
+
+    def act(number: int, free: Callable[[], None]) -> None:
+        nonlocal drawing, most
+        with lock:
+            drawing += 1
+            most = max(most, drawing)
+        together.wait(SOON)  # which two must reach
+        with lock:
+            drawing -= 1
+        free()
+        if number < 2:
+            assert go_on.wait(SOON)  # still keeping while the next two draw
+        kept.append(number)
+
+    for number in range(4):
+        crew.begin(lambda free, number=number: act(number, free))  # type: ignore[misc]
+    crew.wait()
+    go_on.set()
+    crew.finish()
+    assert (most, sorted(kept)) == (2, [0, 1, 2, 3])
+    assert set(kept[:2]) == {2, 3}
+
+
+def test_what_fails_is_heard_once_and_its_lane_is_free(crew: Crew) -> None:
+    def fail(_: Callable[[], None]) -> None:
+        raise OSError("full")
+
+    crew.begin(fail)
+    with pytest.raises(OSError, match="full"):
+        crew.finish()
+    crew.wait()
+    done = threading.Event()
+    crew.begin(lambda _: done.set())
+    crew.finish()
+    assert done.is_set()
+
+
+def test_another_number_of_lanes_waits_for_what_is_drawn(crew: Crew) -> None:
+    ended = []
+    pause = threading.Event()
+
+    def slow(_: Callable[[], None]) -> None:
+        pause.wait(0.2)
+        ended.append("slow")
+
+    crew.begin(slow)
+    crew.share_out(3)
+    assert ended == ["slow"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,15 @@ from torch.testing import assert_close
 
 from commands import limner
 from limner.artifacts import read_json, sha256
-from limner.config import BenchConfig
+from limner.data.dataset import read_split
+from limner.evaluation.agreement import clip_score
+from limner.evaluation.extractors import features_of
+from limner.evaluation.yardstick import Yardstick
 from limner.generation import catalogue
+from limner.generation.language import literal
+from limner.generation.model import Model
 from limner.models import export, loading
-from limner.stages import bench
-from tiny import tiny_clip, tiny_model, tiny_tokenizer, tiny_unet
+from tiny import tiny_clip, tiny_model, tiny_text_encoder, tiny_tokenizer, tiny_unet
 
 FORMATS = {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
 
@@ -191,24 +194,35 @@ def test_the_doctor_says_what_is_there_and_what_is_faster(capfd: Any, monkeypatc
     assert said(capfd, "doctor").count("times as fast") == 2
 
 
-def test_bench_draws_the_curve_and_takes_any_judge(folder: Path, tmp_path: Path) -> None:
-    judged: list[tuple[int, Sequence[str]]] = []
-
-    def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        judged.append((len(pictures), prompts))
-        return [float(len(judged))] * len(pictures)
-
-    config = BenchConfig(
-        model=str(folder), out=tmp_path, steps=(1, 3), precisions=("fp32", "bf16"), prompts=("A dog.", "A cat.")
-    )
-    bench.run(config, score)
-    rows = read_json(tmp_path / "bench.json")["rows"]
-    found = [(row["precision"], row["steps"], row["score"]) for row in rows]
-    assert found == [("fp32", 1, 1.0), ("fp32", 3, 2.0), ("bf16", 1, 3.0), ("bf16", 3, 4.0)]
-    assert judged == [(2, config.prompts)] * 4
-    assert all(row["seconds"] > 0 for row in rows)
-    with Image.open(tmp_path / "bench.png") as plot:
+def test_bench_draws_the_curve_of_a_judge_over_a_datasets_captions(
+    folder: Path, data: Path, capfd: Any, tmp_path: Path
+) -> None:
+    clips = {"judge": tiny_clip(9), "own": tiny_clip()}
+    clips["own"].text_model.load_state_dict(tiny_text_encoder().state_dict())
+    for name, clip in clips.items():
+        clip.save_pretrained(tmp_path / name)
+        tiny_tokenizer(tmp_path / name)
+    flags = ["--steps", 1, "--steps", 3, "--precisions", "fp32", "--precisions", "bf16", "--data", data, "-n", 3]
+    assert "pictures  14" in said(capfd, "bench", folder, *flags, "--out", tmp_path / "out", "--dry-run")
+    said(capfd, "bench", folder, *flags, "--judge", tmp_path / "judge", "--out", tmp_path / "out")
+    found = read_json(tmp_path / "out" / "bench.json")
+    assert found["prompts"] == [record.captions[0] for record in read_split(data, "val")][:3]
+    assert "judge" in found["score"]
+    assert [(row["precision"], row["steps"]) for row in found["rows"]] == [
+        (p, n) for p in ("fp32", "bf16") for n in (1, 3)
+    ]
+    assert all(row["seconds"] > 0 for row in found["rows"])
+    evaluated = tmp_path / "evaluated"
+    pictures = Model.load(str(folder), precision="fp32")([literal(prompt) for prompt in found["prompts"]], steps=3)
+    judge = Yardstick.find(str(tmp_path / "judge"))
+    files = [picture.save(evaluated) for picture in pictures.pictures]
+    seen = judge.embed(features_of(judge.extractor, files, batch_size=2, cache=tmp_path / "cache"))
+    expected = clip_score(judge.text_features(found["prompts"]), seen).mean().item()
+    assert found["rows"][1]["score"] == pytest.approx(expected, abs=1e-5)
+    with Image.open(tmp_path / "out" / "bench.png") as plot:
         assert plot.width > 500
+    refused = said(capfd, "bench", folder, "--judge", tmp_path / "own", "--out", tmp_path / "no", code=2)
+    assert "reads its prompts with" in refused
 
 
 def test_bench_judges_with_the_models_own_clip(folder: Path, capfd: Any, tmp_path: Path) -> None:

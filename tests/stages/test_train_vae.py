@@ -87,6 +87,19 @@ def test_an_autoencoder_tiny_is_trained_too(data: Path, tmp_path: Path) -> None:
     assert loading.class_of(run / "model" / "vae") == "AutoencoderTiny"
 
 
+def test_a_decoder_alone_is_trained_where_a_u_net_knows_the_latents(vae: Path, data: Path, tmp_path: Path) -> None:
+    tiny_taesd().save_pretrained(tmp_path / "taesd")
+    for number, model in enumerate((str(vae), str(tmp_path / "taesd"))):
+        run = train_vae.run(
+            config(TrainVaeConfig, data, tmp_path / str(number), model=model, images=16, tune="decoder")
+        )
+        before, after = (loading.load_vae(one).state_dict() for one in (model, str(run)))
+        changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"decoder", "post_quant_conv"} & {name.split(".")[0] for name in before}
+    with pytest.raises(ConfigError, match="name it as model"):
+        train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", tune="decoder"))
+
+
 def test_pictures_need_no_captions(uncaptioned: Path, tmp_path: Path) -> None:
     train_vae.run(config(TrainVaeConfig, uncaptioned, tmp_path / "r", images=8))
 
@@ -172,7 +185,7 @@ def test_a_critic_is_trained_beside_and_is_no_part_of_the_result(vae: Path, data
 
 
 def test_a_critic_needs_a_vae_that_is_trained(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="trained already; train one without it and name it with model"):
+    with pytest.raises(ConfigError, match="name it as model"):
         config(TrainVaeConfig, data, tmp_path / "r", adversarial_weight=0.1)
 
 

@@ -75,6 +75,13 @@ class BenchConfig(StageConfig):
     """Precisions; may be repeated."""
     engines: Annotated[tuple[Engine, ...], FLAG] = ("torch",)
     """What computes, torch or openvino; may be repeated."""
+    judge: Annotated[str | None, FLAG] = None
+    """What scores the pictures: a folder of recipes/judge.py, or any CLIP that the model doesn't read its prompts with;
+    the model's own when left out, which flatters it."""
+    data: Annotated[Path | None, FLAG] = None
+    """A dataset folder, of whose val captions the first `n` are drawn in place of `prompts`."""
+    n: Annotated[PositiveInt, Flag(("-n",))] = 32
+    """How many of those."""
     prompts: tuple[str, ...] = (
         "A golden retriever playing in a field.",
         "A toddler playing in a sandbox.",

@@ -113,6 +113,8 @@ class TrainVaeConfig(TrainConfig):
 
     size: Annotated[PositiveInt, FLAG] = 128
     """Side of the training pictures in pixels."""
+    tune: Annotated[Literal["full", "decoder"], FLAG] = "full"
+    """What is trained: all, or what makes pixels of latents alone, so that a U-Net still fits."""
     channels: tuple[PositiveInt, ...] = (16, 32, 64, 96)
     """Channels at each resolution of a new VAE; each but the last halves the side."""
     layers: PositiveInt = 1
@@ -134,10 +136,8 @@ class TrainVaeConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _sharpens(self) -> Self:
-        if self.adversarial_weight and self.model is None:
-            raise ValueError(
-                "adversarial_weight is for a VAE that is trained already; train one without it and name it with model"
-            )
+        if self.model is None and (self.adversarial_weight or self.tune == "decoder"):
+            raise ValueError("tune=decoder and adversarial_weight need a VAE that is trained: name it as model")
         return self
 
 

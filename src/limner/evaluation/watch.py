@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from limner.data.pictures import centre_box, to_pixels
 from limner.evaluation.agreement import clip_score, distinct, r_precision
 from limner.evaluation.distances import cmmd
 from limner.evaluation.yardstick import Yardstick
 from limner.generation.engine import to_images
-
-BATCH = 32
 
 
 class Watch:
@@ -32,10 +28,7 @@ class Watch:
 
         CMMD falls with the number of pictures: compare only figures of equally many.
         """
-        size = (self.judge.extractor.size,) * 2
-        seen = torch.stack([to_pixels(picture, centre_box(picture, size), size) for picture in to_images(pixels)])
-        parts = [self.judge.extractor.image_features(part) for part in seen.split(BATCH)]
-        images = self.judge.embed(torch.cat(parts))  # (N, E)
+        images = self.judge.look(to_images(pixels))  # (N, E)
         return {
             "cmmd": cmmd(self.real, images),
             "clip_score": clip_score(self.text[self.own], images).mean().item(),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from limner.data.pictures import centre_box, to_pixels
 from limner.errors import ConfigError, ModelError
 from limner.evaluation.copies import BLOCK, SIDE, thumbnails
 from limner.evaluation.extractors import FILTER, Extractor, Reader, clip_extractor
@@ -17,6 +18,9 @@ from limner.evaluation.features import caption_features
 from limner.evaluation.judge import WEIGHTS, load_judge
 from limner.models import loading
 from limner.models.clip import Clip
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BATCH = 64
 BF16 = 2.0**-7  # what storing a weight in bf16 may change it by, as a share
@@ -88,6 +92,12 @@ class Yardstick:
         tower = clip_extractor(name, clip, sha256)
         reader = ClipReader(f"clip:{name}", sha256, clip)
         return cls(f"the CLIP of {name}", sha256, tower, _as_it_is, reader, _as_it_is, clip)
+
+    def look(self, pictures: Sequence[Image]) -> Tensor:
+        """Pictures in memory -> features of unit length (N, E), as `embed` gives them of files."""
+        size = (self.extractor.size,) * 2
+        seen = torch.stack([to_pixels(picture, centre_box(picture, size), size) for picture in pictures])
+        return self.embed(torch.cat([self.extractor.image_features(part) for part in seen.split(BATCH)]))
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """One or more captions -> features of unit length (M, E)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from limner.errors import ModelError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the network was trained on
-BLOCKS = (0, 2, 4)  # after which features are compared: 1/2, 1/4 and 1/8 of the side
+BLOCKS = (0, 2, 4, 10)  # after which features are compared: 1/2, 1/4, 1/8 and 1/16 of the side
 
 
 class PerceptualDistance(nn.Module):

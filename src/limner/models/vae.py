@@ -59,6 +59,15 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     return moments
 
 
+def freeze_encoder(vae: Any) -> None:
+    """Leave what makes latents as it is, and train what makes pixels of them alone."""
+    vae.requires_grad_(False)
+    for name in ("decoder", "post_quant_conv"):
+        part = getattr(vae, name, None)  # an AutoencoderTiny has one of them, and so have others
+        if part is not None:
+            part.requires_grad_(True)
+
+
 def sample(moments: Tensor, noise: Tensor) -> Tensor:
     """Draw from the Gaussian that moments describe, in the VAE's own scale (Kingma and Welling 2013, section 2.4).
 

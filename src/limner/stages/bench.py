@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from limner import artifacts
 from limner.config import BenchConfig
-from limner.errors import ModelError
+from limner.errors import ConfigError, ModelError
 from limner.generation.jobs import Spec, make_jobs, read_spec
+from limner.generation.language import literal
 from limner.models import loading
 
 if TYPE_CHECKING:
@@ -25,21 +26,18 @@ Score = Callable[[Sequence["Image"], Sequence[str]], list[float]]
 OWN = "the model's own"
 
 
-def run(config: BenchConfig, score: Score | None = None) -> Path:
-    """Write `bench.json` and `bench.png` into `config.out`; the model's own CLIP judges without another `score`.
-
-    Raises ConfigError and ModelError.
-    """
+def run(config: BenchConfig) -> Path:
+    """Write `bench.json` and `bench.png` into `config.out`. Raises ConfigError, DataError and ModelError."""
     spec = read_spec(config.model)
-    axis = "score" if score is not None else "cosine of prompt and picture in the model's own CLIP"
-    judge = score or _own_clip(spec)
+    prompts = config.prompts if config.data is None else _captions(config.data, config.n)
+    axis, score = _own_clip(spec) if config.judge is None else _judge(config.judge, spec)
     from limner.evaluation import plots
 
-    rows = measure(config, spec, judge)
+    rows = measure(config, spec, prompts, score)
     for row in rows:
         what = f"{row['engine']}, {row['precision']}, {row['scheduler']}, {row['steps']} steps"
         print(f"{what}: {row['seconds']:.3f} s a picture, score {row['score']:.4f}")
-    facts = {"model": spec.ref, "score": axis, "prompts": config.prompts, "hardware": artifacts.hardware()}
+    facts = {"model": spec.ref, "score": axis, "prompts": prompts, "hardware": artifacts.hardware()}
     artifacts.write_json(config.out / "bench.json", {**facts, "rows": rows})
     plots.plot_bench(rows, axis, config.out / "bench.png")
     return config.out
@@ -52,7 +50,7 @@ def plan(config: BenchConfig) -> dict[str, Any]:
     return {
         "model": f"{config.model}, to be fetched" if there is None else read_spec(config.model, there).ref,
         "settings": models * settings,
-        "pictures": models * (settings * len(config.prompts) + 1),
+        "pictures": models * (settings * (len(config.prompts) if config.data is None else config.n) + 1),
         "out": config.out,
     }
 
@@ -67,7 +65,7 @@ def _settings(config: BenchConfig) -> list[tuple[str | None, int]]:
     return list(dict.fromkeys(itertools.product(config.schedulers or (None,), config.steps)))
 
 
-def measure(config: BenchConfig, spec: Spec, score: Score) -> list[dict[str, Any]]:
+def measure(config: BenchConfig, spec: Spec, prompts: Sequence[str], score: Score) -> list[dict[str, Any]]:
     """Each setting's seconds a picture, a median, and mean score. Raises ConfigError and ModelError.
 
     The settings of a precision and engine take turns prompt by prompt, so that a busy moment hits all alike.
@@ -76,16 +74,17 @@ def measure(config: BenchConfig, spec: Spec, score: Score) -> list[dict[str, Any
 
     rows = []
     settings = _settings(config)
+    texts = prompts if config.data is None else list(map(literal, prompts))  # captions have no weights
     for precision, engine in _models(config):
         model = Model(spec, config.device, precision=precision, engine=engine)
         jobs = {
-            (scheduler, steps): make_jobs(spec, config.prompts, steps=steps, scheduler=scheduler)
+            (scheduler, steps): make_jobs(spec, texts, steps=steps, scheduler=scheduler)
             for scheduler, steps in settings
         }
         next(model.draw(jobs[settings[0]][:1]))  # the first picture of a process waits for libraries
         times: dict[Any, list[float]] = {setting: [] for setting in settings}
         images: dict[Any, list[Image]] = {setting: [] for setting in settings}
-        for number, setting in itertools.product(range(len(config.prompts)), settings):
+        for number, setting in itertools.product(range(len(prompts)), settings):
             started = time.perf_counter()
             picture = next(model.draw([jobs[setting][number]]))
             times[setting].append(time.perf_counter() - started)
@@ -97,29 +96,47 @@ def measure(config: BenchConfig, spec: Spec, score: Score) -> list[dict[str, Any
                 "scheduler": scheduler or OWN,
                 "steps": steps,
                 "seconds": round(statistics.median(times[scheduler, steps]), 4),
-                "score": round(statistics.fmean(score(images[scheduler, steps], config.prompts)), 5),
+                "score": round(statistics.fmean(score(images[scheduler, steps], prompts)), 5),
             }
             for scheduler, steps in settings
         ]
     return rows
 
 
-def _own_clip(spec: Spec) -> Score:
+def _captions(data: Path, n: int) -> list[str]:
+    """The first captions of the first photographs of the split that one chooses by. Raises DataError."""
+    from limner.data.dataset import read_split
+    from limner.evaluation.contenders import photographs
+
+    return [record.captions[0] for record in photographs(read_split(data, "val"), n)]
+
+
+def _own_clip(spec: Spec) -> tuple[str, Score]:
     """Cosines in the CLIP that lies in the model's folder. Raises ModelError where there is none."""
     if not (spec.folder / "clip").is_dir():
-        raise ModelError(f"{spec.ref} has no clip folder to judge its pictures with; choose a model with one.")
-    import torch
+        raise ModelError(f"{spec.ref} has no clip folder to judge its pictures with; name a --judge.")
+    from limner.evaluation.yardstick import Yardstick
 
-    from limner.data.pictures import centre_box, to_pixels
+    own = Yardstick.of(spec.ref, loading.load_clip(str(spec.folder)))
 
-    clip = loading.load_clip(str(spec.folder))
-
-    @torch.no_grad()
     def score(pictures: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        size = (clip.size, clip.size)
-        pixels = torch.stack([to_pixels(picture, centre_box(picture, size), size) for picture in pictures])
-        images, text = clip.image_features(pixels), clip.text_features(clip.tokenize(prompts))  # (N, E) each
-        cosines: list[float] = (images * text).sum(dim=1).tolist()  # (N,)
+        cosines: list[float] = (own.look(pictures) * own.text_features(prompts)).sum(dim=1).tolist()  # (N,)
         return cosines
 
-    return score
+    return "cosine of prompt and picture in the model's own CLIP", score
+
+
+def _judge(ref: str, spec: Spec) -> tuple[str, Score]:
+    """CLIPScores of a judge. Raises ModelError, and ConfigError where it is what the model reads its prompts with."""
+    from limner.evaluation.agreement import clip_score
+    from limner.evaluation.yardstick import Yardstick, refuse_conditioning
+
+    judge = Yardstick.find(ref)
+    if refuse_conditioning(judge, [spec.ref], allowed=True):
+        raise ConfigError(f"The judge is the very CLIP that {spec.ref} reads its prompts with; name another --judge.")
+
+    def score(pictures: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        scores: list[float] = clip_score(judge.text_features(prompts), judge.look(pictures)).tolist()  # (N,)
+        return scores
+
+    return f"CLIPScore by {judge.name}", score

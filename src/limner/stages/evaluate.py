@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections import defaultdict
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,11 @@ def run(config: EvaluateConfig) -> Path:
     further = [load_extractor(spec) for spec in config.extractors]
     _open(asked)
     assessment = _assessment(config, yardstick, further)
-    firsts = {entry.spec.ref: entry for entry in reversed(entries)}  # a model's parts don't depend on how it draws
-    extra = [_draw(config, entry, real, yardstick, with_parts=entry is firsts[entry.spec.ref]) for entry in entries]
+    extra = [
+        figures
+        for _, alike in groupby(entries, key=lambda entry: entry.spec.ref)
+        for figures in _draw_all(config, list(alike), real, yardstick)
+    ]
     contenders = [_drawn(entry, real) for entry in entries] + folders
     results = []
     for number, contender in enumerate(contenders):
@@ -186,16 +190,19 @@ def _open(config: EvaluateConfig) -> None:
     artifacts.write_json(file, json.loads(config.model_dump_json()))
 
 
-def _draw(
-    config: EvaluateConfig,
-    entry: Entry,
-    real: Sequence[Record],
-    yardstick: Yardstick | None,
-    *,
-    with_parts: bool,
-) -> dict[str, Figures]:
-    """Draw an entry's pictures, and tell what that cost, and `with_parts` what the model's parts do."""
-    model = Model(entry.spec, config.device, engine=config.engine)
+def _draw_all(
+    config: EvaluateConfig, entries: Sequence[Entry], real: Sequence[Record], yardstick: Yardstick | None
+) -> list[dict[str, Figures]]:
+    """Draw the pictures of entries of one model, and tell what each cost; with the first also what its parts do, which
+    doesn't depend on how it draws."""
+    gc.collect()  # the model before, which otherwise stays beside this one for a while
+    model = Model(entries[0].spec, config.device, engine=config.engine)
+    figures = [_draw(config, model, entry, real) for entry in entries]
+    figures[0] |= _parts(config, model, real, yardstick)
+    return figures
+
+
+def _draw(config: EvaluateConfig, model: Model, entry: Entry, real: Sequence[Record]) -> dict[str, Figures]:
     seeds = range(config.seed, config.seed + len(real))
     jobs = entry.jobs([record.captions[0] for record in real], seeds, [record.path.stem for record in real])
     jobs |= entry.jobs(settings.MISSION, [config.seed] * 2, ["1", "2"], MISSION)
@@ -203,8 +210,7 @@ def _draw(
     own_seeds = [config.seed + i for _ in attributes.PROMPTS for i in range(config.attribute_seeds)]
     jobs |= entry.jobs(prompts, own_seeds, [file.stem for file in _attribute_files(config, entry)], ATTRIBUTES)
     drawing.draw(model, jobs, entry.folder, batch_size=config.batch_size)
-    figures = {"cost": parts.cost_figures(drawing.cost(entry.folder))}
-    return figures | (_parts(config, model, real, yardstick) if with_parts else {})
+    return {"cost": parts.cost_figures(drawing.cost(entry.folder))}
 
 
 def _parts(

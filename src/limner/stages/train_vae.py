@@ -94,6 +94,8 @@ class TrainVae:
         else:
             self.vae = loading.load_vae(config.model)
             self.parents["model"] = loading.identity(config.model, "vae")
+        if config.tune == "decoder":
+            vaes.freeze_encoder(self.vae)
         self.factor = vaes.factor(self.vae.config)
         step = self.factor * (max(SHRUNK) if config.equivariance else 1)
         if config.size % step:

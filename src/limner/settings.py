@@ -41,6 +41,17 @@ BUILTIN_CLIP = {
     "checkpoint_every": 8_000,
 }
 BUILTIN_VAE = {"images": 36_000, "batch_size": 16, "validate_every": 4_000, "checkpoint_every": 4_000}
+BUILTIN_DECODER = {
+    "tune": "decoder",
+    "images": 15_000,
+    "batch_size": 16,
+    "lr": 6e-4,
+    "perceptual_weight": 1.0,
+    "warmup": 320,
+    "ema_halflife": 1_000,
+    "validate_every": 3_008,
+    "checkpoint_every": 3_008,
+}
 BUILTIN_UNET = {
     "images": 134_000,
     "batch_size": 64,
@@ -60,10 +71,10 @@ PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
     # What recipes/builtin uses, cut for two CPU cores; docs/experiments.md has what each reached.
     # On the base of recipes/base_clip.py, test text to image R@1/5/10: 2.9/10.6/18.4 % before, 12.4/31.3/43.7 after
     TrainClipConfig: {"builtin": BUILTIN_CLIP},
-    TrainVaeConfig: {"builtin": BUILTIN_VAE},
+    TrainVaeConfig: {"builtin": BUILTIN_VAE, "builtin-decoder": BUILTIN_DECODER},
     TrainUnetConfig: {"builtin": BUILTIN_UNET, "builtin-tuned": BUILTIN_TUNED},
     AssembleConfig: {
-        "builtin": {"precision": "bf16", "steps": 8, "guidance": 4.0},
+        "builtin": {"precision": "bf16", "steps": 8, "guidance": 6.0},
     },
 }
 """Named settings of a stage; the comment beside one says what it reached."""

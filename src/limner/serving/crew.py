@@ -27,8 +27,8 @@ class Crew:
             self._lanes = lanes
 
     def begin(self, act: Callable[[Callable[[], None]], None]) -> None:
-        """Do this in a thread once a lane is free; it is given what frees the lane before it ends. Raises as `wait`."""
-        self.wait()
+        """Do this in a thread once a lane is free; it is given what frees the lane before it ends."""
+        self._await_lane()
         with self._free:
             self._drawing += 1
         self._begun.append(self._threads.submit(self._do, act))
@@ -45,9 +45,12 @@ class Crew:
 
     def wait(self) -> None:
         """Until a lane is free. Raises what something that has ended by then raised."""
+        self._await_lane()
+        self._hear()
+
+    def _await_lane(self) -> None:
         with self._free:
             self._free.wait_for(lambda: self._drawing < self._lanes)
-        self._hear()
 
     def finish(self) -> None:
         """Until all that was begun has ended. Raises what the first that failed raised."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from limner.data.pictures import save_grid
-from limner.evaluation import watch
+from limner.evaluation import yardstick
 from limner.evaluation.agreement import clip_score, r_precision
 from limner.evaluation.distances import cmmd
 from limner.evaluation.extractors import features_of
@@ -65,7 +65,7 @@ def test_the_batch_does_not_change_the_figures(
 ) -> None:
     one = Watch(judge, CAPTIONS, seen[:5])
     whole = one.score(pixels)
-    monkeypatch.setattr(watch, "BATCH", 3)
+    monkeypatch.setattr(yardstick, "BATCH", 3)
     assert one.score(pixels) == pytest.approx(whole, abs=1e-6)
 
 

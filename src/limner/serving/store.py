@@ -232,7 +232,8 @@ class Store:
             return set()
         with self.session(write=True, durable=False) as session:
             held = (JobRow.worker == worker, JobRow.state == "running", JobRow.id.in_(steps))
-            values = {"lease": time.time() + lease, "step": case(steps, value=JobRow.id, else_=JobRow.step)}
+            further = [((JobRow.id == id_) & (JobRow.step < step), step) for id_, step in steps.items()]
+            values = {"lease": time.time() + lease, "step": case(*further, else_=JobRow.step)}
             session.execute(update(JobRow).where(*held).values(**values))
             return set(session.scalars(select(JobRow.id).where(*held)))
 
@@ -248,7 +249,7 @@ class Store:
             if image.number in there:
                 return None
             session.add(image)
-            job.step = step
+            job.step = max(job.step, step)  # a later one may have been told meanwhile
             if len(there) + 1 < job.pictures:
                 return Kept(last=False)
             job.state, job.step, job.finished, job.worker, job.lease = "done", job.steps, time.time(), None, None

@@ -178,6 +178,19 @@ def test_a_job_ends_with_the_last_of_its_pictures_in_whatever_order_they_come(st
     assert [image.number for image in store.images([row.id])] == [0, 1, 2]
 
 
+def test_steps_that_are_told_late_take_nothing_back(store: Store) -> None:
+    row = add(store, job(pictures=3))
+    store.take("w", pictures=3, lease=LEASE)
+    told = []
+    for step in (2, 1):
+        store.renew("w", {row.id: step}, LEASE)
+        told.append(store.get(row.id))
+    for number, step in enumerate((3, 1)):
+        store.keep("w", picture(row, number), step=step)
+        told.append(store.get(row.id))
+    assert [found and found.step for found in told] == [2, 2, 3, 3]
+
+
 def test_the_best_stay_when_a_job_ends(store: Store) -> None:
     row = add(store, job(pictures=4))
     store.take("w", pictures=4, lease=LEASE)

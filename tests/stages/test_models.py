@@ -195,7 +195,7 @@ def test_the_doctor_says_what_is_there_and_what_is_faster(capfd: Any, monkeypatc
 
 
 def test_bench_draws_the_curve_of_a_judge_over_a_datasets_captions(
-    folder: Path, data: Path, capfd: Any, tmp_path: Path
+    folder: Path, data: Path, no_val: Path, capfd: Any, tmp_path: Path
 ) -> None:
     clips = {"judge": tiny_clip(9), "own": tiny_clip()}
     clips["own"].text_model.load_state_dict(tiny_text_encoder().state_dict())
@@ -223,6 +223,9 @@ def test_bench_draws_the_curve_of_a_judge_over_a_datasets_captions(
         assert plot.width > 500
     refused = said(capfd, "bench", folder, "--judge", tmp_path / "own", "--out", tmp_path / "no", code=2)
     assert "reads its prompts with" in refused
+    refused = said(capfd, "bench", folder, "--data", no_val, "--out", tmp_path / "no", code=2)
+    assert "no captioned pictures in its val split" in refused
+    assert not (tmp_path / "no").exists()
 
 
 def test_bench_judges_with_the_models_own_clip(folder: Path, capfd: Any, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES: dict[Format, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 RECORD, PARAMETERS = "limner", "parameters"
-PNG_LEVEL = 4  # of zlib, which takes half the time of its 6 for a hundredth more bytes
+PNG_LEVEL = 4  # of zlib, which takes half the time of its 6 for at most a fiftieth more bytes
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 RDF, NAMESPACE = "http://www.w3.org/1999/02/22-rdf-syntax-ns#", "urn:limner"
 

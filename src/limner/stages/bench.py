@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from limner import artifacts
 from limner.config import BenchConfig
-from limner.errors import ConfigError, ModelError
+from limner.errors import ConfigError, DataError, ModelError
 from limner.generation.jobs import Spec, make_jobs, read_spec
 from limner.generation.language import literal
 from limner.models import loading
@@ -108,7 +108,9 @@ def _captions(data: Path, n: int) -> list[str]:
     from limner.data.dataset import read_split
     from limner.evaluation.contenders import photographs
 
-    return [record.captions[0] for record in photographs(read_split(data, "val"), n)]
+    if not (found := photographs(read_split(data, "val"), n)):
+        raise DataError(f"{data} has no captioned pictures in its val split; prepare it with --val-share above 0.")
+    return [record.captions[0] for record in found]
 
 
 def _own_clip(spec: Spec) -> tuple[str, Score]:

@@ -42,6 +42,7 @@ class Held:
     parts: int = 1
     """What is still to be begun or drawn of it."""
     since: float = field(default_factory=time.monotonic)
+    """When it was taken, by the clock of `time.monotonic`."""
 
     @property
     def best_of(self) -> int | None:

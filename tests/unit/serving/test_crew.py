@@ -23,7 +23,8 @@ def crew() -> Iterator[Crew]:
 def test_no_more_at_once_than_lanes_and_keeping_is_not_drawing(crew: Crew) -> None:
     crew.share_out(2)
     lock, drawing, most = threading.Lock(), 0, 0
-    together, kept, go_on = threading.Barrier(2), [], threading.Event()
+    together, kept = threading.Barrier(2), []
+    later_kept = threading.Barrier(4)  # of the two that draw last, and the first two, which wait for them
 
     def act(number: int, free: Callable[[], None]) -> None:
         nonlocal drawing, most
@@ -34,14 +35,14 @@ def test_no_more_at_once_than_lanes_and_keeping_is_not_drawing(crew: Crew) -> No
         with lock:
             drawing -= 1
         free()
-        if number < 2:
-            assert go_on.wait(SOON)  # still keeping while the next two draw
-        kept.append(number)
+        if number >= 2:
+            kept.append(number)
+        later_kept.wait(SOON)
+        if number < 2:  # still keeping while the others drew
+            kept.append(number)
 
     for number in range(4):
         crew.begin(lambda free, number=number: act(number, free))  # type: ignore[misc]
-    crew.wait()
-    go_on.set()
     crew.finish()
     assert (most, sorted(kept)) == (2, [0, 1, 2, 3])
     assert set(kept[:2]) == {2, 3}

@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PROMPT = "A golden retriever playing in a field."
 STEPS = 4
 CLIENTS = (1, 8, 32)
+ROUNDS = 4
 LIMNER = [sys.executable, "-c", "from limner.cli import main; main()"]
 
 
@@ -91,13 +92,12 @@ class Server:
 
 
 def bare(model: Any, pictures: int, clients: int) -> float:
-    """Pictures a second of the engine alone: one call a picture for one client, or else one call for all."""
-    model(PROMPT, steps=STEPS, n=2)
+    """Seconds that the engine alone takes: one call a picture for one client, or else one call for all."""
     started = time.perf_counter()
     n = 1 if clients == 1 else pictures
     for seed in range(0, pictures, n):
         model(PROMPT, steps=STEPS, seed=seed, n=n)
-    return pictures / (time.perf_counter() - started)
+    return time.perf_counter() - started
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -105,8 +105,11 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}_ms": round(float(np.percentile(seconds, q)) * 1000, 1) for q in (50, 95, 99)}
 
 
-def load(server: Server, clients: int, pictures: int, *, own: bool = False) -> dict[str, float]:
-    """Draw so many pictures for so many clients at once, each waiting for its own; with `own` settings no two alike."""
+def load(server: Server, clients: int, pictures: int, *, own: bool = False) -> tuple[float, list[float]]:
+    """Draw so many pictures for so many clients at once, each waiting for its own; with `own` settings no two alike.
+
+    -> the seconds of all together, and of each.
+    """
     numbers = iter(range(pictures))
     lock = threading.Lock()
     drawn: list[float] = []
@@ -131,7 +134,24 @@ def load(server: Server, clients: int, pictures: int, *, own: bool = False) -> d
         end.result()
     if statuses != {200} or len(drawn) != pictures:
         sys.exit(f"The server answered {statuses} and drew {len(drawn)} of {pictures}.")
-    return {"pictures_a_second": round(pictures / taken, 2), **percentiles(drawn)}
+    return taken, drawn
+
+
+def compared(server: Server, model: Any, clients: int, pictures: int, *, own: bool = False) -> dict[str, float]:
+    """Server and engine in turns, since a machine's speed drifts."""
+    engine = served = 0.0
+    latencies: list[float] = []
+    for _ in range(ROUNDS):
+        engine += bare(model, pictures // ROUNDS, clients)
+        taken, drawn = load(server, clients, pictures // ROUNDS, own=own)
+        served += taken
+        latencies += drawn
+    return {
+        "pictures_a_second": round(len(latencies) / served, 2),
+        "engine_pictures_a_second": round(len(latencies) / engine, 2),
+        "share_of_engine": round(engine / served, 3),
+        **percentiles(latencies),
+    }
 
 
 def looks(server: Server, count: int) -> dict[str, dict[str, float]]:
@@ -158,7 +178,7 @@ def main() -> None:
     """Measure, print, and keep the result under the machine's name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--name", required=True, help="name of the machine, for the file of results")
-    parser.add_argument("--pictures", type=int, default=128, help="pictures drawn for each figure (default 128)")
+    parser.add_argument("--pictures", type=int, default=256, help="pictures drawn for each figure (default 256)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         figures: dict[str, Any] = {"cold_generate_s": round(cold_generate(Path(place) / "pictures"), 2)}
@@ -169,19 +189,15 @@ def main() -> None:
             figures["idle_mib"] = server.memory()
             print(figures, flush=True)
             model = limner.load("builtin")
-            engine = []
-            for n in CLIENTS:  # in turns, since a machine's speed drifts
-                engine.append(bare(model, arguments.pictures // len(CLIENTS), n))
-                figures[f"clients_{n}"] = load(server, n, arguments.pictures)
-                print(f"clients {n}: {figures[f'clients_{n}']}, engine {engine[-1]:.2f}", flush=True)
-            figures["clients_8_own_settings"] = load(server, 8, arguments.pictures, own=True)
-            figures["get_while_drawing"] = looks(server, arguments.pictures * 3)
+            bare(model, 2, 8)
+            load(server, 8, 16)
+            for n in CLIENTS:
+                figures[f"clients_{n}"] = compared(server, model, n, arguments.pictures)
+                print(f"clients {n}: {figures[f'clients_{n}']}", flush=True)
+            figures["clients_8_own_settings"] = compared(server, model, 8, arguments.pictures, own=True)
+            figures["get_while_drawing"] = looks(server, arguments.pictures)
         finally:
             server.end()
-    for n, alone in zip(CLIENTS, engine, strict=True):
-        of_clients = figures[f"clients_{n}"]
-        of_clients["engine_pictures_a_second"] = round(alone, 2)
-        of_clients["share_of_engine"] = round(of_clients["pictures_a_second"] / alone, 3)
     for name, value in figures.items():
         print(f"{name:<26} {value}")
     keep("serve", arguments.name, limner=limner.__version__, pictures=arguments.pictures, steps=STEPS, **figures)

@@ -6,9 +6,28 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 
 KEEPING = 4  # threads beside those that draw
+
+
+class Lane:
+    """Room for one drawing, which says how far it is with it."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self._changed = changed
+        self.ending = self.free = False
+
+    def end_soon(self) -> None:
+        """Let the next be chosen meanwhile."""
+        with self._changed:
+            self.ending = True
+            self._changed.notify()
+
+    def leave(self) -> None:
+        """Let the next begin."""
+        with self._changed:
+            self.ending = self.free = True
+            self._changed.notify()
 
 
 class Crew:
@@ -17,8 +36,9 @@ class Crew:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor((os.cpu_count() or 1) + KEEPING, "draw")
         self._begun: list[Future[None]] = []
-        self._free = threading.Condition()
-        self._drawing, self._lanes = 0, 1
+        self._changed = threading.Condition()
+        self._taken: list[Lane] = []
+        self._lanes = 1
 
     def share_out(self, lanes: int) -> None:
         """Let so many draw at once from now on. Raises as `finish`."""
@@ -26,31 +46,28 @@ class Crew:
             self.finish()
             self._lanes = lanes
 
-    def begin(self, act: Callable[[Callable[[], None]], None]) -> None:
-        """Do this in a thread once a lane is free; it is given what frees the lane before it ends."""
-        self._await_lane()
-        with self._free:
-            self._drawing += 1
-        self._begun.append(self._threads.submit(self._do, act))
+    def begin(self, act: Callable[[Lane], None]) -> None:
+        """Do this in a thread once a lane is free, which it may leave before it ends."""
+        self._await(lambda lane: lane.free)
+        lane = Lane(self._changed)
+        self._taken.append(lane)
+        self._begun.append(self._threads.submit(self._do, act, lane))
 
-    def _do(self, act: Callable[[Callable[[], None]], None]) -> None:
-        with ExitStack() as lane:
-            lane.callback(self._leave)
-            act(lane.close)
-
-    def _leave(self) -> None:
-        with self._free:
-            self._drawing -= 1
-            self._free.notify()
+    def _do(self, act: Callable[[Lane], None], lane: Lane) -> None:
+        try:
+            act(lane)
+        finally:
+            lane.leave()
 
     def wait(self) -> None:
-        """Until a lane is free. Raises what something that has ended by then raised."""
-        self._await_lane()
+        """Until a lane is free or soon will be. Raises what something that has ended by then raised."""
+        self._await(lambda lane: lane.ending)
         self._hear()
 
-    def _await_lane(self) -> None:
-        with self._free:
-            self._free.wait_for(lambda: self._drawing < self._lanes)
+    def _await(self, gone: Callable[[Lane], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: sum(not gone(lane) for lane in self._taken) < self._lanes)
+            self._taken = [lane for lane in self._taken if not lane.free]
 
     def finish(self) -> None:
         """Until all that was begun has ended. Raises what the first that failed raised."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from limner.errors import UserError
 from limner.generation.jobs import Job
 from limner.serving.changes import Changes
+from limner.serving.crew import Lane
 from limner.serving.keeper import FAILED, Held, Keeper
 from limner.serving.metrics import Metrics
 
@@ -40,11 +41,11 @@ class Drawer:
         self._keeper, self._changes, self._metrics, self._halting = keeper, changes, metrics, halting
         self._lock, self._scoring = threading.Lock(), threading.Lock()
 
-    def draw(self, model: Model, unit: Unit, free: Callable[[], None]) -> None:
-        """Draw pictures of one shape, say that the lane is free, and keep them. Raises as `Keeper.keep`."""
+    def draw(self, model: Model, unit: Unit, lane: Lane) -> None:
+        """Draw pictures of one shape, leave the lane, and keep them. Raises as `Keeper.keep`."""
         try:
-            drawn = self._drawn(model, unit)
-            free()
+            drawn = self._drawn(model, unit, lane)
+            lane.leave()
             self._keeper.keep(drawn)
         except Halt:
             pass
@@ -53,11 +54,12 @@ class Drawer:
                 held.wanted = False
             raise
 
-    def _drawn(self, model: Model, unit: Unit) -> list[tuple[Held, int, Picture]]:
+    def _drawn(self, model: Model, unit: Unit, lane: Lane) -> list[tuple[Held, int, Picture]]:
         """The pictures; where they fail together, each is tried and kept alone. Raises Halt."""
         shares = Counter(held.row.id for held, _, _ in unit)
         jobs = jobs_of(unit)
         advanced = Counter[str]()
+        left = sum(job.steps_taken for _, _, job in unit)
 
         def advance(held: Held, amount: int) -> None:
             with self._lock:  # as other pictures of the same job may be drawn beside
@@ -65,6 +67,10 @@ class Drawer:
                 advanced[held.row.id] += amount
 
         def on_step(amount: int) -> None:
+            nonlocal left
+            left -= amount
+            if left <= amount:  # what chooses the next takes as long as a step of a small model
+                lane.end_soon()
             self._metrics.steps.inc(amount)
             for held in jobs:
                 advance(held, amount * shares[held.row.id] // len(unit))
@@ -95,7 +101,7 @@ class Drawer:
                     advance(held, -advanced[held.row.id])
                 for alone in unit:
                     if alone[0].wanted:
-                        self.draw(model, [alone], lambda: None)
+                        self.draw(model, [alone], Lane(threading.Condition()))  # its own: this one stays taken
                 return []
             if not isinstance(error, UserError):
                 log.exception("drawing failed", extra={"job": unit[0][0].row.id})

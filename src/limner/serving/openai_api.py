@@ -134,17 +134,14 @@ class ModelList(BaseModel):
 async def drawn(service: Service, request: JobRequest, client: Client) -> tuple[JobView, list[Path]]:
     """The job of a request once it is done, and where its pictures lie.
 
-    Raises as `Service.submit` and `Service.ended` do, and Failed where it failed or was cancelled.
+    Raises as `Service.draw` does, and Failed where it failed or was cancelled.
     """
-    job = await run_in_threadpool(service.submit, request, client.owner)
-    job = await service.ended(job.id)
+    job, files = await service.draw(request, client.owner)
     if job.state != "done":
         raise Failed(job)
-    files = await run_in_threadpool(lambda: [service.file(image.id) for image in job.images])
-    there = [file for file in files if file is not None]
-    if not there or len(there) < len(files):  # which make room for others only a minute after the end
+    if not files or len(files) < len(job.images):  # which make room for others only a minute after the end
         raise HTTPException(404, f"The pictures of job {job.id} are not there any more.")
-    return job, there
+    return job, files
 
 
 @routes.post(

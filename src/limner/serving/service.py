@@ -102,13 +102,16 @@ class Service:
 
         Raises ConfigError or DataError where it can't be drawn, UnknownModel, QueueFull and Draining.
         """
+        return self._views([self._submit(new_id(), request, owner)])[0]
+
+    def _submit(self, id_: str, request: JobRequest, owner: str) -> JobRow:
         try:
-            return self._submit(request, owner)
+            return self._accepted(id_, request, owner)
         except QueueFull:
             self.metrics.refused.inc()
             raise
 
-    def _submit(self, request: JobRequest, owner: str) -> JobView:
+    def _accepted(self, id_: str, request: JobRequest, owner: str) -> JobRow:
         if self.draining:
             raise Draining
         model = self.model_name(request.model)
@@ -126,7 +129,7 @@ class Service:
             self.uploads.keep(data, source.sha256)
         request = request.model_copy(update={name: source.sha256 for name, (_, source) in sent.items()})
         row = JobRow(
-            id=new_id(),
+            id=id_,
             owner=owner,
             model=model,
             shape=hashlib.sha256(shape_of(model, loras, draws[0]).encode()).hexdigest(),
@@ -140,7 +143,7 @@ class Service:
         prompt = {"prompt": request.prompt} if self.config.log_prompts else {}
         log.info("job accepted", extra={"job": row.id, "owner": owner, "model": model, **prompt})
         self.worker.more()
-        return self._views([row])[0]
+        return row
 
     def model_name(self, name: str | None) -> str:
         """The model of that name, or the first. Raises UnknownModel."""
@@ -221,18 +224,29 @@ class Service:
                     return
                 await waiter.wait(POLL)
 
-    async def ended(self, id_: str) -> JobView:
-        """A job once it has ended. Raises Draining where it will not while this server runs."""
+    async def draw(self, request: JobRequest, owner: str = "") -> tuple[JobView, list[Path]]:
+        """Store a job and wait until it ends. -> how it ended, and where those of its pictures lie that are there.
+
+        Raises as `submit`, and Draining where it will not end while this server runs.
+        """
+        id_ = new_id()
         with self.changes.of(id_, steps=False) as waiter:
+            await run_in_threadpool(self._submit, id_, request, owner)
             while True:
-                state = await run_in_threadpool(self.store.state, id_)
-                if state not in OPEN:
-                    job = await run_in_threadpool(self.get, id_)
-                    assert job is not None
-                    return job
-                if self.draining and state == "queued":
-                    raise Draining(id_)
                 await waiter.wait(ELSEWHERE)
+                if (ended := await run_in_threadpool(self._ended, id_)) is not None:
+                    return ended
+
+    def _ended(self, id_: str) -> tuple[JobView, list[Path]] | None:
+        row = self.store.get(id_)
+        assert row is not None
+        if row.state in OPEN:
+            if self.draining and row.state == "queued":
+                raise Draining(id_)
+            return None
+        images = self.store.images([id_])
+        files = [self.config.out / image.file for image in images]
+        return self._view(row, images, None), [file for file in files if file.is_file()]
 
     def _views(self, rows: Sequence[JobRow]) -> list[JobView]:
         images: dict[str, list[ImageRow]] = {}

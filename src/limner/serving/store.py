@@ -1,7 +1,7 @@
 """The queue on disk: jobs, their pictures and the tokens, in SQLite or PostgreSQL.
 
 A job is `queued`, then `running`, then `done`, `failed` or `cancelled`. It runs under a lease, which its server renews;
-when that server died, the lease runs out and another takes the job. Every change says in its WHERE what it
+when that server died, the lease runs out and another puts the job back. Every change says in its WHERE what it
 comes from, so that a job ends once, however many servers share the queue and whenever one is killed.
 """
 
@@ -136,11 +136,6 @@ class Store:
         with self.session(write=False) as session:
             return session.scalar(select(JobRow).where(JobRow.id == id_, *_owned(owner)))
 
-    def state(self, id_: str) -> State:
-        """How a job stands that is known to be there, at little cost."""
-        with self.session(write=False) as session:
-            return session.scalars(select(JobRow.state).where(JobRow.id == id_)).one()  # type: ignore[return-value]
-
     def places(self, numbers: Collection[int]) -> dict[int, int]:
         """How many queued jobs stand before each of those of these numbers that are queued."""
         if not numbers:
@@ -207,16 +202,15 @@ class Store:
         now = time.time()
         with self.session(write=True, durable=False) as session:
 
-            def next_of(*where: Any, limit: int = 1) -> Sequence[JobRow]:
-                wanted = select(JobRow).where(*where).order_by(JobRow.number).limit(limit)
+            def next_of(*where: Any, limit: int) -> Sequence[JobRow]:
+                wanted = select(JobRow).where(JobRow.state == "queued", *where).order_by(JobRow.number).limit(limit)
                 return session.scalars(wanted.with_for_update(skip_locked=True)).all()
 
-            jobs = list(next_of(JobRow.state == "running", JobRow.lease < now) or next_of(JobRow.state == "queued"))
+            jobs = list(next_of(limit=1))
             first = jobs[0] if jobs else None
             room = pictures - first.pictures if first else 0
             if first and room > 0:
-                alike = (JobRow.state == "queued", JobRow.shape == first.shape, JobRow.number != first.number)
-                for job in next_of(*alike, limit=room):
+                for job in next_of(JobRow.shape == first.shape, JobRow.number != first.number, limit=room):
                     if job.pictures <= room:
                         jobs.append(job)
                         room -= job.pictures
@@ -273,12 +267,20 @@ class Store:
             done = session.execute(update(JobRow).where(*_held(worker)).values(**values))
             return _count(done)
 
-    def expire_dead(self, me: str) -> None:
-        """End the leases of workers of this machine that are no more, so that nobody has to wait for that."""
+    def put_back_lost(self, me: str) -> int:
+        """Put what nobody draws any more back into the queue: jobs whose lease has run out, and those of workers of
+        this machine that are no more; tell how many."""
+        running, now = JobRow.state == "running", time.time()
+        with self.session(write=False) as session:
+            leases = select(JobRow.worker, func.min(JobRow.lease)).where(running).group_by(JobRow.worker)
+            workers = session.execute(leases).tuples().all()
+        dead = [worker for worker, _ in workers if worker and _is_dead(worker, me)]
+        if not dead and not any(lease is not None and lease < now for _, lease in workers):
+            return 0
+        lost = (JobRow.lease < now) | JobRow.worker.in_(dead)
         with self.session(write=True, durable=False) as session:
-            running = select(JobRow.worker).where(JobRow.state == "running", JobRow.worker.is_not(None)).distinct()
-            dead = [worker for worker in session.scalars(running) if worker and _is_dead(worker, me)]
-            session.execute(update(JobRow).where(JobRow.worker.in_(dead), JobRow.state == "running").values(lease=0))
+            values = {"state": "queued", "worker": None, "lease": None}
+            return _count(session.execute(update(JobRow).where(running, lost).values(**values)))
 
     def _end(self, *where: Any, **values: Any) -> bool:
         values |= {"finished": time.time(), "worker": None, "lease": None}

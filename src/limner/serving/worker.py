@@ -16,7 +16,7 @@ from limner.config import ServeConfig
 from limner.errors import ModelError, UserError
 from limner.generation.jobs import Job, Spec, make_jobs
 from limner.serving.changes import Changes
-from limner.serving.crew import Crew
+from limner.serving.crew import Crew, Lane
 from limner.serving.drawer import Drawer, Unit, jobs_of, sentence
 from limner.serving.keeper import CannotKeep, Held, Keeper
 from limner.serving.metrics import Metrics
@@ -194,7 +194,7 @@ class Worker:
 
     def _prepare(self) -> None:
         with suppress(SQLAlchemyError):
-            self._store.expire_dead(self.id)
+            self._store.put_back_lost(self.id)
         try:
             self._shelf.get(next(iter(self._shelf.specs)))
         except UserError as error:  # which its jobs will say too
@@ -204,12 +204,14 @@ class Worker:
         self.ready = True
 
     def _pulse(self) -> None:
-        """Renew the leases, and hear what others did to the jobs."""
+        """Renew the leases, hear what others did to the jobs, and put back those of others that are no more."""
         while not self._ended.wait(PULSE):
             with self._lock:
                 held = dict(self._held)
             try:
                 still = self._store.renew(self.id, {id_: one.step for id_, one in held.items()}, self._config.lease)
+                if self._store.put_back_lost(self.id):
+                    self.more()
             except SQLAlchemyError:
                 log.exception("leases can't be renewed")
                 continue
@@ -312,8 +314,8 @@ class Worker:
         held.step = sum(draws[number].steps_taken for number in there)
         return [(number, job) for number, job in enumerate(draws) if number not in there]
 
-    def _draw(self, model: Model, unit: Unit, free: Callable[[], None]) -> None:
+    def _draw(self, model: Model, unit: Unit, lane: Lane) -> None:
         try:
-            self._drawer.draw(model, unit, free)
+            self._drawer.draw(model, unit, lane)
         finally:
             self._let_go(jobs_of(unit))

@@ -85,15 +85,18 @@ def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: S
 
 
 def test_a_lease_that_ran_out_is_taken_over_and_the_late_one_changes_nothing(store: Store) -> None:
+    slow, quick = "elsewhere/1/ab", "elsewhere/2/cd"
     row = add(store, job())
-    store.take("slow", pictures=1, lease=-1)
-    again = store.take("quick", pictures=1, lease=LEASE)
+    store.take(slow, pictures=1, lease=-1)
+    assert store.take(quick, pictures=1, lease=LEASE) == []
+    assert store.put_back_lost(quick) == 1
+    again = store.take(quick, pictures=1, lease=LEASE)
     assert (again[0].id, again[0].attempts) == (row.id, 2)
-    assert store.renew("slow", {row.id: 3}, LEASE) == set()
-    assert store.keep("slow", picture(row), step=4) is None
-    assert not store.fail("slow", row.id, "no", fault=True)
-    assert store.renew("quick", {row.id: 3}, LEASE) == {row.id}
-    assert store.keep("quick", picture(row), step=4) == Kept(last=True)
+    assert store.renew(slow, {row.id: 3}, LEASE) == set()
+    assert store.keep(slow, picture(row), step=4) is None
+    assert not store.fail(slow, row.id, "no", fault=True)
+    assert store.renew(quick, {row.id: 3}, LEASE) == {row.id}
+    assert store.keep(quick, picture(row), step=4) == Kept(last=True)
     assert not store.cancel(row.id, None)
     ended = store.get(row.id)
     assert ended is not None
@@ -125,13 +128,13 @@ def test_the_dead_of_this_machine_are_known(store: Store) -> None:
     me = worker_id()
     host, pid, _ = me.rsplit("/", 2)
     store.take(f"{host}/{pid}/before", pictures=1, lease=LEASE)  # the same number, another life
-    store.expire_dead(me)
+    assert store.put_back_lost(me) == 1
     assert len(store.take(me, pictures=1, lease=LEASE)) == 1
-    store.expire_dead(me)
+    assert store.put_back_lost(me) == 0
     assert store.take("x", pictures=1, lease=LEASE) == []
     store.give_back(me)
     store.take("elsewhere/1/ab", pictures=1, lease=LEASE)
-    store.expire_dead(me)
+    assert store.put_back_lost(me) == 0
     assert store.take("x", pictures=1, lease=LEASE) == []
 
 

@@ -57,7 +57,7 @@ def ended(service: Service, *jobs: JobView) -> list[JobView]:
     """The jobs once they have ended, drawn from now on; the service ends then too."""
     service.start()
     until = time.monotonic() + 120
-    while any(service.store.state(job.id) in OPEN for job in jobs):
+    while set(service.store.counts()) & set(OPEN):
         assert time.monotonic() < until
         time.sleep(0.02)
     found = [service.get(job.id) for job in jobs]

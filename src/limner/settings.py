@@ -43,10 +43,10 @@ BUILTIN_CLIP = {
 BUILTIN_VAE = {"images": 36_000, "batch_size": 16, "validate_every": 4_000, "checkpoint_every": 4_000}
 BUILTIN_DECODER = {
     "tune": "decoder",
-    "images": 15_000,
+    "images": 31_000,
     "batch_size": 16,
     "lr": 6e-4,
-    "perceptual_weight": 1.0,
+    "perceptual_weight": 1.25,
     "warmup": 320,
     "ema_halflife": 1_000,
     "validate_every": 3_008,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -23,7 +25,7 @@ from limner.models import vae as vaes
 from limner.models.perceptual import PerceptualDistance
 from limner.stages import train_vae
 from tiny import tiny_taesd
-from trainings import SIDE, config
+from trainings import RECIPES, SIDE, config
 
 
 @torch.no_grad()
@@ -46,6 +48,24 @@ def test_samples_show_pictures_above_their_reconstructions(vae: Path, data: Path
     pixels = load_pixels(read_split(data, "val")[0].path, SIDE)
     first = torch.tensor(list(sheet.crop((0, 0, SIDE, SIDE)).tobytes())).reshape(SIDE, SIDE, 3)
     assert torch.equal(first.permute(2, 0, 1), ((pixels + 1) * 127.5).round().long())
+
+
+@torch.no_grad()
+def test_the_recipe_writes_what_comes_back_of_the_first_photographs(
+    vae: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "back"
+    given = {"vae": vae, "data": data, "out": out, "size": SIDE}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words, "-n", "2"])
+    runpy.run_path(str(RECIPES / "reconstruct.py"), run_name="__main__")
+    records = read_split(data, "val")[:2]
+    assert {file.stem for file in out.iterdir()} == {record.path.stem for record in records}
+    model = AutoencoderKL.from_pretrained(vae / "model" / "vae")
+    pixels = load_pixels(records[0].path, SIDE)[None]
+    again = model.decode(model.encode(pixels).latent_dist.mode()).sample
+    drawn = torch.from_numpy(np.array(Image.open(out / f"{records[0].path.stem}.png"))).permute(2, 0, 1)
+    assert_close(drawn / 127.5 - 1, again[0].clamp(-1, 1), atol=0.005, rtol=0)
 
 
 @torch.no_grad()

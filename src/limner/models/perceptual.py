@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from limner.errors import ModelError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the network was trained on
-BLOCKS = (0, 2, 4, 10)  # after which features are compared: 1/2, 1/4, 1/8 and 1/16 of the side
+SIDE = 224  # of the pictures that it learned from; smaller ones are enlarged, or it sees little in them
+BLOCKS = (0, 2, 4, 10, 15)  # after which features are compared: 1/2, 1/4, 1/8, 1/16 and 1/32 of the side
 
 
 class PerceptualDistance(nn.Module):
@@ -45,6 +47,9 @@ class PerceptualDistance(nn.Module):
 
     def features(self, pixels: Tensor) -> list[Tensor]:
         """Unit-length features. (N, 3, H, W) in [-1, 1] -> (N, C_i, H_i, W_i) for each compared block."""
+        side = min(pixels.shape[2:])
+        if side < SIDE:
+            pixels = interpolate(pixels, scale_factor=SIDE / side, mode="bilinear")
         x = self.stem((pixels * 0.5 + 0.5 - self.mean) / self.std)
         features = []
         for number, block in enumerate(self.blocks):

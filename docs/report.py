@@ -27,7 +27,7 @@ from limner.settings import MISSION
 
 FOLDER = Path(__file__).with_name("report")
 STEPS = (2, 4, 8, 20)
-LOOK = ("--steps", "8", "--guidance", "4")  # of checkpoints, which no manifest says it for
+LOOK = ("--steps", "8", "--guidance", "6")  # of checkpoints, which no manifest says it for
 SIDE, QUALITY = 1000, 60  # pixels and quality of plots
 SHEET = 128  # pixels of a picture
 
@@ -53,7 +53,7 @@ def parts(model: str, base: str | None, run: str, count: int) -> list[Part]:
         Part(
             "training",
             "Checkpoints over training",
-            "The weight average of each checkpoint that the training of the U-Net kept.",
+            f"The weight average of each checkpoint that a training of the U-Net kept, {run}.",
             [run, "--checkpoints", *LOOK, *quick],
             curve,
         ),
@@ -154,7 +154,8 @@ def main() -> None:
         f"# What {given.model} reaches",
         f"Written by `python docs/report.py`: {given.n} captions of the test split, seen by the judge of "
         "recipes/judge.py, with 95 % intervals in brackets. `photographs` are the real ones with their own captions; "
-        "where distances are told, as many of the train split.",
+        "where distances are told, as many of the train split. What tuning the CLIP gained stands in its model card, and "
+        "what that did to pictures in [experiments.md](../experiments.md), with the command.",
     ]
     shared = ["--data", str(given.data), "--judge", str(given.judge), "--set", f"cache={given.judge}-features"]
     shared += ["--engine", given.engine]

@@ -60,7 +60,7 @@ BUILTIN_UNET = {
     "sample_prompts": MISSION,
 }
 BUILTIN_TUNED = {
-    "images": 62_000,
+    "images": 154_000,
     "batch_size": 64,
     "validate_every": 16_000,
     "checkpoint_every": 10_000,

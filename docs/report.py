@@ -154,7 +154,7 @@ def main() -> None:
         f"# What {given.model} reaches",
         f"Written by `python docs/report.py`: {given.n} captions of the test split, seen by the judge of "
         "recipes/judge.py, with 95 % intervals in brackets. `photographs` are the real ones with their own captions; "
-        "where distances are told, as many of the train split. What tuning the CLIP gained stands in its model card, and "
+        "where distances are told, as many of the train split. What tuning the CLIP gained stands in its model card, "
         "what that did to pictures in [experiments.md](../experiments.md), with the command.",
     ]
     shared = ["--data", str(given.data), "--judge", str(given.judge), "--set", f"cache={given.judge}-features"]

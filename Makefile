@@ -24,9 +24,9 @@ help:
 image: $(VENV)/.image
 	@$(BIN)/limner generate -n $(N) --seed $(SEED) -- "$$PROMPT"
 
-# A worker more than there are cores: the tests compute with one thread each, and many wait for a command or a server.
+# A worker for each core: the tests compute with one thread each.
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)') --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n logical --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -116,26 +116,33 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
+def _replace(path: Path, partial: Path) -> None:
+    """Put a folder into the place of another, which goes."""
+    if not _exchange(partial, path):
+        old = path.with_name(f".{path.name}.old{PARTIAL}")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it replaces the folder `path`, on any error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # others may write the same folder
     partial.mkdir()
     try:
         with _disk_errors(path):
             yield partial
         for file in partial.rglob("*"):
             _fsync(file)
-        if not path.is_dir():
+        try:
             partial.rename(path)
-        elif not _exchange(partial, path):
-            old = path.with_name(f".{path.name}.old{PARTIAL}")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
+        except OSError:
+            if not path.is_dir():
+                raise
+            _replace(path, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -222,6 +222,22 @@ def test_a_picture_that_another_setting_drew_or_that_is_broken_is_drawn_again(
     assert [file.read_bytes() for file in files] == contents
 
 
+def test_other_settings_leave_no_figures_of_those_before(
+    folder: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(evaluated, folder / "changed")
+    given = ["--config", evaluated / "config.json", "--out", out]
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("limner.evaluation.drawing.draw", killed)
+    assert limner("evaluate", *given) == 130
+    assert metrics(out) == metrics(evaluated), "which the same settings found"
+    assert limner("evaluate", *given, "-n", 4) == 130
+    assert not [name for name in ("metrics.json", "scores.jsonl", "report.html") if (out / name).exists()]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")
 def test_another_engine_draws_what_torch_drew_anew(
     folder: Path, dataset: Path, models: list[Path], evaluated: Path, monkeypatch: pytest.MonkeyPatch
@@ -469,6 +485,8 @@ def test_the_same_twice_is_refused(capfd: pytest.CaptureFixture[str], given: lis
     roundabout = models[0].parent / "." / models[0].name / ".." / models[0].name
     assert "is given twice" in refused(capfd, models[0], roundabout, *given)
     assert "is given twice" in refused(capfd, "builtin", "builtin", *given)
+    twice = ["--set", 'extractors=["clip:builtin", "clip:builtin"]']
+    assert "have one name" in refused(capfd, "builtin", *twice, *given)
 
 
 def test_nothing_to_score_is_refused(capfd: pytest.CaptureFixture[str], given: list[object]) -> None:

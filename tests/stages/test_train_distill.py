@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from limner import load
 from limner.artifacts import read_json
@@ -112,6 +113,21 @@ def test_guidance_goes_from_least_to_greatest(guidance: tuple[float, float], tmp
 def test_few_steps_are_one_to_eight(steps: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="steps"):
         config(TrainDistillConfig, tmp_path, tmp_path / "r", model="builtin", steps=steps)
+
+
+def test_a_teacher_with_another_text_encoder_of_the_same_shape_is_refused(
+    teacher: Path, latents: Path, clip: Path, vae: Path, tmp_path: Path
+) -> None:
+    parts = {"clip": str(clip), "vae": str(vae), "unet": str(teacher)}
+    model = assemble.run(AssembleConfig(**parts, out=tmp_path / "m", grid=False))
+    settings = config(TrainDistillConfig, latents, tmp_path / "r", model=str(model))
+    TrainDistill(settings)
+    file = model / "text_encoder" / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    TrainDistill(settings)
+    save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"reads those of another text encoder; encode with --clip {model}"):
+        TrainDistill(settings)
 
 
 def test_a_teacher_that_reads_other_states_is_refused(latents: Path, tmp_path: Path) -> None:

@@ -149,6 +149,15 @@ def test_a_disk_that_is_full_at_the_flush_leaves_the_old_folder(
     assert tree(tmp_path) == {"model/a": "old"}
 
 
+@pytest.mark.usefixtures("_both_ways")
+def test_of_two_at_once_the_later_stays_whole(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "model") as one, atomic_folder(tmp_path / "model") as other:
+        put(one, {"a": "one"})
+        put(other, {"b": "other"})
+    assert tree(tmp_path) == {"model/a": "one"}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_file_in_the_place_of_a_folder_stays(tmp_path: Path) -> None:
     put(tmp_path, {"model": "a file"})
     with pytest.raises(NotADirectoryError), atomic_folder(tmp_path / "model") as partial:

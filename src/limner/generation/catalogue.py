@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
-from limner import artifacts
+from limner import artifacts, system
 from limner.errors import ModelError
 from limner.generation.jobs import STABLE_DIFFUSION, Spec, count_parameters, read_spec
 from limner.models import hub, loading
@@ -126,7 +124,7 @@ def free_memory() -> tuple[int, str]:
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    return int(psutil.virtual_memory().available), "memory"
+    return system.memory().free, "memory"
 
 
 def facts(found: Found) -> dict[str, Any]:

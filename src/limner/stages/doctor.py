@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from limner import system
 from limner.config import DoctorConfig
 
 SIMD = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16", "sve")
@@ -30,7 +31,6 @@ def run(config: DoctorConfig) -> None:
 
 def examine() -> dict[str, Any]:
     """All that is known of the machine."""
-    import psutil
     import torch
     from huggingface_hub import constants
 
@@ -39,7 +39,7 @@ def examine() -> dict[str, Any]:
 
     device = choose_device(None)
     able = torch.cpu.get_capabilities()
-    memory = psutil.virtual_memory()
+    memory = system.memory()
     cache = Path(constants.HF_HUB_CACHE)
     standing = next(place for place in (cache, *cache.parents) if place.exists())
     return {
@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
             "may use": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "instructions": [name for name in SIMD if able.get(name)],
         },
-        "memory": {"bytes": memory.total, "free": memory.available},
+        "memory": {"bytes": memory.total, "free": memory.free},
         "gpus": [
             {"name": properties.name, "bytes": properties.total_memory}
             for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))

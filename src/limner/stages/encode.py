@@ -40,6 +40,8 @@ from limner.models.clip import Clip
 from limner.models.gate import TextFacts
 from limner.progress import progress
 
+TIMED = 8  # pictures by which the plan tells the time
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -122,11 +124,17 @@ def plan(config: EncodeConfig) -> dict[str, Any]:
     for bucket in (bucket for own in buckets.values() for bucket in own):
         numbers += math.prod(_shape(encoders, bucket, "moments"))
         numbers += math.prod(_shape(encoders, bucket, "masks")) if bucket.masked else 0
-    views = sum(len(bucket.records) * bucket.views for own in buckets.values() for bucket in own)
+    views = {split: sum(len(bucket.records) * bucket.views for bucket in own) for split, own in buckets.items()}
+    paths = [record.path for record in splits["train"][:TIMED]]
     started = time.perf_counter()
-    for record in splits["train"][:8]:
-        _moments(encoders, load_pixels(record.path, config.size)[None])
-    seconds = (time.perf_counter() - started) / len(splits["train"][:8]) * views
+    for path in paths:
+        _moments(encoders, load_pixels(path, config.size)[None])
+    seconds = (time.perf_counter() - started) / len(paths) * sum(views.values())
+    if (observer := encoders.observer) is not None:
+        started = time.perf_counter()
+        seen = [_features(observer, load_pixels(path, observer.size)[None]) for path in paths]
+        seconds += (time.perf_counter() - started) / len(paths) * views["train"]
+        numbers += seen[0].numel() * views["train"]
     return {
         **{split: "; ".join(_summary(encoders, bucket) for bucket in own) for split, own in buckets.items()},
         "captions": f"{captions:,}, {length} token states each",
@@ -222,16 +230,20 @@ def _encode_pictures(config: EncodeConfig, encoders: Encoders, bucket: Bucket, f
 def _encode_features(config: EncodeConfig, observer: Clip, bucket: Bucket, folder: Path) -> None:
     """Write what an image tower sees in a bucket's pictures, each view squeezed to the square that it reads."""
 
-    @torch.no_grad()
     def features(indices: Sequence[int]) -> Tensor:
         pixels = _cut(config, bucket, indices, to_pixels, (observer.size, observer.size))  # (N, V, 3, S, S)
-        seen = observer.patch_features(pixels.flatten(0, 1).to(observer.network.device))  # (N V, W, s, s)
-        return seen.unflatten(0, pixels.shape[:2])
+        return _features(observer, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
 
     batches = list(_batched(list(bucket.records), max(1, config.batch_size // bucket.views)))
     shape = (len(bucket.records), *features(batches[0][:1]).shape[1:])
     path = array_path(folder, "features", bucket.name)
     _write(path, shape, iter(batches), features, f"{folder.name} {path.stem}")
+
+
+@torch.no_grad()
+def _features(observer: Clip, pixels: Tensor) -> Tensor:
+    """Of the patches of square pictures: pixels (N, 3, S, S) -> (N, W, s, s)."""
+    return observer.patch_features(pixels.to(observer.network.device))
 
 
 def _cut(

@@ -40,6 +40,7 @@ from limner.models import loading
 log = logging.getLogger(__name__)
 
 METRICS, SCORES, PICTURES, CHECKPOINTS = "metrics.json", "scores.jsonl", "pictures", "checkpoints"
+RESULTS = (METRICS, SCORES, report.PAGE)
 MISSION, ATTRIBUTES = "mission", "attributes"  # within a contender's folder, beside the pictures for the captions
 NO_JUDGE = (
     "There is no judge, so fidelity, alignment, prompt sensitivity and copies by features are left out; make one with "
@@ -90,6 +91,8 @@ def run(config: EvaluateConfig) -> Path:
         refs = list(dict.fromkeys(entry.spec.ref for entry in entries))
         conditioned = refuse_conditioning(yardstick, refs, allowed=config.allow_conditioning_judge)
     further = [load_extractor(spec) for spec in config.extractors]
+    if len({extractor.name for extractor in further}) < len(further):
+        raise ConfigError(f"Two of {', '.join(config.extractors)} have one name, and so would their figures; name one.")
     _open(asked)
     assessment = _assessment(config, yardstick, further)
     extra = [
@@ -187,7 +190,11 @@ def _open(config: EvaluateConfig) -> None:
     is_ours = file.is_file() and artifacts.read_json(file).keys() >= {"models", "images", "judge"}
     if not is_ours and config.out.is_dir() and any(artifacts.PARTIAL not in p.name for p in config.out.iterdir()):
         raise RunError(f"{config.out} exists and holds no evaluation; choose another --out.")
-    artifacts.write_json(file, json.loads(config.model_dump_json()))
+    said = json.loads(config.model_dump_json())
+    if is_ours and artifacts.read_json(file) | {"out": said["out"]} != said:  # it may have been moved
+        for name in RESULTS:  # of other settings, should this end before it has its own
+            (config.out / name).unlink(missing_ok=True)
+    artifacts.write_json(file, said)
 
 
 def _draw_all(

@@ -51,6 +51,7 @@ class TrainDistill:
         self.teacher = loading.load_unet(config.model).requires_grad_(False).eval()
         self.encoded.refuse_misfit(self.teacher, config.model)
         self.encoded.refuse_other_vae(config.model)
+        self.encoded.refuse_other_text_encoder(config.model)
         given = loading.load_scheduler(config.model)
         self.objective = schedulers.objective_of(given)
         self.scheduler = schedulers.for_few_steps(given)

@@ -68,9 +68,8 @@ def find_batch_size(task: Task, config: TrainConfig, accelerator: Accelerator) -
 
     Raises ConfigError where not even the smallest size has room.
     """
-    free = memory.free(accelerator)
     on_cpu = accelerator.device.type == "cpu"  # a GPU says itself when it is full
-    pace = timed(task, config, accelerator, room=int(ROOM * free) if on_cpu and free is not None else None)
+    pace = timed(task, config, accelerator, room=int(ROOM * memory.free(accelerator)) if on_cpu else None)
     return doubled(pace, most=min(task.stream.largest, config.images))
 
 

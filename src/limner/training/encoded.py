@@ -109,14 +109,20 @@ class Encoded:
                     "another; encode with that one."
                 )
             return
-        cached, its = (loading.load_vae(ref).state_dict() for ref in (self.settings.vae, model))
-        if cached.keys() != its.keys() or not all(
-            cached[name].shape == its[name].shape and torch.allclose(cached[name], its[name], rtol=BF16, atol=1e-6)
-            for name in cached
-        ):
+        if not _alike(*(loading.load_vae(ref) for ref in (self.settings.vae, model))):
             raise ModelError(
                 f"{self.folder} has latents of the VAE {self.settings.vae}, and {model} has another; encode with "
                 f"--vae {model}."
+            )
+
+    def refuse_other_text_encoder(self, model: str) -> None:
+        """Raise ModelError where `model` has another text encoder than the cache is of, whatever its precision."""
+        if "text_encoder" not in loading.parts_in(loading.resolve(model)):
+            return
+        if not _alike(*(loading.load_text_encoder(ref)[0] for ref in (self.settings.clip, model))):
+            raise ModelError(
+                f"{self.folder} has token states of {self.settings.clip}, and {model} reads those of another text "
+                f"encoder; encode with --clip {model}."
             )
 
     def stream(self, config: TrainConfig, example: Callable[[int, np.random.Generator], Example]) -> Stream:
@@ -198,3 +204,12 @@ class Encoded:
         """Draw the sample prompts and val captions, each with a seed of its own, in one picture."""
         latents = self.draw(unet, scheduler, self.prompt_states, steps=steps, guidance=guidance)
         save_grid(self.decoded(latents), path, columns=4)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two networks have the same weights, but for what storing them in bf16 changes."""
+    ours, its = one.state_dict(), other.state_dict()
+    return ours.keys() == its.keys() and all(
+        ours[name].shape == its[name].shape and torch.allclose(ours[name], its[name], rtol=BF16, atol=1e-6)
+        for name in ours
+    )

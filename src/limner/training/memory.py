@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from limner import system
 from limner.config import TrainConfig
 from limner.errors import RunError
 from limner.training.task import Task, loss
@@ -68,10 +69,9 @@ class Need:
 
     def warn(self, config: TrainConfig, accelerator: Accelerator) -> None:
         """Say so where there is less memory than that; the weights are already there."""
-        there = free(accelerator)
-        if there is None or not accelerator.is_main_process:
+        if not accelerator.is_main_process:
             return
-        there += self.trained + self.frozen
+        there = free(accelerator) + self.trained + self.frozen
         if self.lasting + self.activations > there:
             log.warning(
                 "This training needs about %s of memory, and %s are there: %s for weights, gradients, %s and average, "
@@ -115,12 +115,11 @@ def shortage(config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
         ) from None
 
 
-def free(accelerator: Accelerator) -> int | None:
-    """Bytes that this process may yet take of its GPU's memory, or of the machine's; None where nobody says."""
+def free(accelerator: Accelerator) -> int:
+    """Bytes that this process may yet take of its GPU's memory, or of the machine's."""
     if accelerator.device.type == "cuda":
         return torch.cuda.mem_get_info(accelerator.device)[0]
-    there = proc("/proc/meminfo", "MemAvailable")
-    return None if there is None else there // accelerator.num_processes
+    return system.memory().free // accelerator.num_processes
 
 
 def keep_freed() -> None:

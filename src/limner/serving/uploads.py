@@ -100,7 +100,8 @@ class Uploads:
                 file.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        return [file for file in self.folder.glob("??/*") if DIGEST.fullmatch(file.name)]
+        """Whole ones, and what a server that was killed had not written yet."""
+        return list(self.folder.glob("??/*"))
 
     def _kept(self, digest: str) -> bytes:
         assert DIGEST.fullmatch(digest)

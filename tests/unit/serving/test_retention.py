@@ -86,6 +86,8 @@ def test_what_no_job_begins_with_goes_once_it_is_not_fresh(store: Store, tmp_pat
         digests.append(sha256(out.getvalue()).hexdigest())
         uploads.keep(out.getvalue(), digests[-1])
     files = [tmp_path / "uploads" / digest[:2] / digest for digest in digests]
+    files.append(files[0].with_name(f".{digests[0]}.12345678.partial"))  # of a server that was killed
+    files[-1].touch()
     for file in files:
         os.utime(file, (time.time() - FRESH - 1,) * 2)
     ended(store, tmp_path, ago=1.0, image=digests[0])
@@ -93,4 +95,4 @@ def test_what_no_job_begins_with_goes_once_it_is_not_fresh(store: Store, tmp_pat
         uploads.read(digests[1], mask=False)[0], digests[1]
     )  # named again, by somebody whose job is about to come
     make_room(tmp_path, store, uploads, 0)
-    assert [file.exists() for file in files] == [True, True, False]
+    assert [file.exists() for file in files] == [True, True, False, False]

@@ -159,7 +159,7 @@ def test_paths_go_to_a_file_also_while_the_bar_is_on_a_terminal(folder: Path) ->
 def test_without_a_prompt_a_terminal_is_not_waited_for(folder: Path) -> None:
     terminal, inner = pty.openpty()
     done = subprocess.run(
-        [*LIMNER, "--model", str(folder)], stdin=inner, capture_output=True, text=True, check=False, timeout=60
+        [*LIMNER, "--model", str(folder)], stdin=inner, capture_output=True, text=True, check=False, timeout=300
     )
     os.close(inner)
     os.close(terminal)
@@ -376,7 +376,7 @@ def test_the_libraries_add_no_message_of_their_own(folder: Path, tmp_path: Path)
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
         cwd=tmp_path,
     )
     assert done.returncode == 2
@@ -412,7 +412,7 @@ def test_ctrl_c_ends_it_and_leaves_whole_pictures_alone(folder: Path) -> None:
         assert drawing.stdout is not None
         first = drawing.stdout.readline()
         drawing.send_signal(signal.SIGINT)
-        out, err = drawing.communicate(timeout=60)
+        out, err = drawing.communicate(timeout=300)
     assert drawing.returncode == 130, err
     assert err.splitlines()[-1] == "limner: Interrupted; run the same command again to go on."
     assert "Traceback" not in err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -17,7 +17,6 @@ def test_sizes_of_stable_diffusion() -> None:
     assert bucket_sizes(512, 64) == [*wide, (512, 512), *((width, height) for height, width in reversed(wide))]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 40))
 def test_sizes_are_multiples_of_the_step_and_of_at_most_the_area_of_the_square(step: int, times: int) -> None:
     side = step * times
@@ -31,7 +30,6 @@ def test_sizes_are_multiples_of_the_step_and_of_at_most_the_area_of_the_square(s
         assert min(height, width) >= side / 2
 
 
-@settings(deadline=None)
 @given(st.integers(16, 3000), st.integers(16, 3000))
 def test_the_nearest_size_is_that_of_which_most_is_kept(height: int, width: int) -> None:
     sizes = bucket_sizes(512, 64)

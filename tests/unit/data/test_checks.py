@@ -252,7 +252,7 @@ def test_alike_pictures_have_alike_perceptual_hashes_and_others_do_not() -> None
     assert min((original ^ other).bit_count() for other in others) > 6
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     source=st.sampled_from(
         [jpeg(), PNG, encoded(photo(1), "WEBP"), encoded(photo(1), "GIF"), encoded(photo(1), "TIFF"), b""]

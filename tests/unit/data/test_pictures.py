@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -93,7 +93,6 @@ def test_any_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 # ---- crops
 
 
-@settings(deadline=None)
 @given(
     size=st.sampled_from(SIZES), seed=st.integers(0, 2**32), min_scale=st.floats(0.1, 1), side=st.sampled_from([8, 16])
 )
@@ -155,7 +154,6 @@ def test_a_caption_with_a_side_forbids_mirroring(caption: str, allowed: bool) ->
     assert may_flip(caption) == allowed
 
 
-@settings(deadline=None)
 @given(
     picture=st.tuples(st.integers(16, 90), st.integers(16, 90)),
     size=st.tuples(st.integers(16, 64), st.integers(16, 64)),
@@ -235,7 +233,6 @@ def jittered(pixels: Tensor, strength: float, seed: int = 0) -> Tensor:
     return jitter(pixels, np.random.default_rng(seed), strength)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 99), st.floats(0, 0.99), st.integers(0, 2**32))
 def test_changed_colours_keep_the_range_and_are_a_function_of_their_randomness(
     picture: int, strength: float, seed: int

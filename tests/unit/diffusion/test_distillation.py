@@ -29,7 +29,7 @@ def level(alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
 
 
 @EACH
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(share=st.floats(0.02, 0.98), seed=st.integers(0, 99))
 def test_a_perfect_prediction_means_its_data_and_noise(objective: Objective, share: float, seed: int) -> None:
     x0, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_a_perfect_prediction_means_its_data_and_noise(objective: Objective, sha
     assert_close(noise_of(x0, noised, here), noise)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(high=st.floats(0.1, 1), low=st.floats(0, 0.9), seed=st.integers(0, 99))
 def test_landing_is_a_step_solved_for_its_data(high: float, low: float, seed: int) -> None:
     here, there = level(1 - high, high), level(1 - high * low, high * low)

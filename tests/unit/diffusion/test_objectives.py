@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -188,7 +188,6 @@ LEVELS = st.floats(0.01, 0.99)
 
 
 @given(LEVELS, st.floats(0.1, 20))
-@settings(deadline=None)
 def test_min_snr_counts_the_same_error_in_x0_the_same_whatever_is_predicted(t: float, gamma: float) -> None:
     """A guess of x0 is a guess of every target, whose error the weight turns into min(SNR, gamma) that of x0."""
     x0, noise = pair(1)
@@ -225,7 +224,6 @@ def test_without_noise_nothing_counts() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 5))
-@settings(deadline=None)
 def test_the_mean_error_is_over_what_is_let_in(seed: int, channels: int, side: int) -> None:
     rng = np.random.default_rng(seed)
     errors, mask = rng.random((3, channels, side, side)), rng.random((3, 1, side, side))

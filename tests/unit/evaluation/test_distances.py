@@ -38,7 +38,7 @@ def features(count: int, seed: int, width: int = 6) -> Tensor:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_moments_are_those_of_numpy_in_parts_of_any_size(sizes: list[int], seed: int) -> None:
     rows = gaussian(sum(sizes) + 2, seed) + 1000  # a mean far from 0 is where sums of squares lose their digits
     one, other = Moments(6), Moments(6)
@@ -82,7 +82,7 @@ def test_the_frechet_distance_of_gaussians_on_the_axes_is_known() -> None:
 
 
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 9), st.integers(0, 99))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_both_ways_to_the_frechet_distance_agree(n: int, m: int, width: int, seed: int) -> None:
     one, other = gaussian(n, seed, width), gaussian(m, seed + 1, width)
     wanted = frechet(Moments.of(one), Moments.of(other))
@@ -139,7 +139,7 @@ def test_the_kernel_distance_of_gaussians_is_known() -> None:
 
 
 @given(st.integers(2, 7), st.integers(2, 7), st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_the_kernel_distance_is_that_of_a_loop_over_all_pairs(n: int, m: int, seed: int) -> None:
     one, other = gaussian(n, seed).double(), gaussian(m, seed + 1).double()
 
@@ -160,7 +160,7 @@ def loop(one: Tensor, other: Tensor) -> float:
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_cmmd_is_that_of_a_loop_over_all_pairs(n: int, m: int, seed: int) -> None:
     one, other = features(n, seed), features(m, seed + 1)
     wanted = 1000 * (loop(one, one) + loop(other, other) - 2 * loop(one, other))
@@ -206,7 +206,7 @@ def naive(real: Tensor, fake: Tensor, k: int) -> Coverage:
 
 
 @given(st.integers(4, 9), st.integers(4, 9), st.integers(1, 3), st.integers(0, 99), st.sampled_from([2, 1024]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_precision_and_recall_are_those_of_loops(n: int, m: int, k: int, seed: int, block: int) -> None:
     real, fake = gaussian(n, seed, 2), gaussian(m, seed + 1, 2)
     with pytest.MonkeyPatch.context() as patch:

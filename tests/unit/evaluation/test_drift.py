@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ortho_group
 from torch import Tensor
@@ -90,7 +90,6 @@ def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     return base, tuned, torch.arange(length) < reach[:, None]
 
 
-@settings(deadline=None)
 @given(pairs())
 def test_cosine_is_what_a_naive_loop_finds(pair: tuple[Tensor, Tensor, Tensor]) -> None:
     base, tuned, mask = pair
@@ -103,7 +102,6 @@ def test_cosine_is_what_a_naive_loop_finds(pair: tuple[Tensor, Tensor, Tensor]) 
     assert_close(cosine(base, tuned, mask).tolist(), wanted, atol=1e-6, rtol=0, equal_nan=True)
 
 
-@settings(deadline=None)
 @given(pairs())
 def test_cka_is_hsic_of_linear_kernels(pair: tuple[Tensor, Tensor, Tensor]) -> None:
     """Kornblith et al. 1905.00414, equations 3 and 4, with centring matrices, as the paper writes them."""
@@ -123,7 +121,6 @@ def test_cka_is_hsic_of_linear_kernels(pair: tuple[Tensor, Tensor, Tensor]) -> N
         assert_close(found, hsic(one, other) / (hsic(one, one) * hsic(other, other)).sqrt(), atol=1e-9, rtol=1e-6)
 
 
-@settings(deadline=None)
 @given(pairs())
 def test_what_is_masked_does_not_count(pair: tuple[Tensor, Tensor, Tensor]) -> None:
     base, tuned, mask = pair

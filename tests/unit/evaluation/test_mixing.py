@@ -60,7 +60,7 @@ def test_both_ends_are_exact(base: Clip, tuned: Clip) -> None:
 
 
 @given(st.floats(0, 1))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_every_weight_lies_between(base: Clip, tuned: Clip, alpha: float) -> None:
     old, new = base.network.state_dict(), tuned.network.state_dict()
     mix = mixed(base, tuned, alpha).network.state_dict()
@@ -129,7 +129,6 @@ def rankings(draw: st.DrawFn) -> Ranks:
 
 
 @given(rankings())
-@settings(deadline=None)
 def test_the_mean_recall_is_the_mean_of_the_six(found: Ranks) -> None:
     six = [value for name, value in recall(found).items() if "_r@" in name]
     assert len(six) == 6
@@ -206,7 +205,6 @@ SHARE, COSINE = st.floats(0, 1), st.floats(-1, 1)
 
 
 @given(st.lists(st.tuples(SHARE, SHARE, COSINE | st.none()), min_size=11, max_size=11), COSINE)
-@settings(deadline=None)
 def test_nothing_nearer_to_the_base_would_do(figures: list[tuple[float, float, float | None]], least: float) -> None:
     rows = [row(alpha, *figure) for alpha, figure in zip(ALPHAS, figures)]
     able = [

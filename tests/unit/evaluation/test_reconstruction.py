@@ -23,7 +23,7 @@ def pair(height: int, width: int, noise: float, seed: int) -> tuple[Tensor, Tens
 
 
 @given(st.integers(11, 24), st.integers(11, 24), st.sampled_from([0.01, 0.1, 0.5]), st.integers(0, 99))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_psnr_and_ssim_are_those_of_scikit_image(height: int, width: int, noise: float, seed: int) -> None:
     pixels, target = pair(height, width, noise, seed)
     for number, (ours, wanted) in enumerate(zip(pixels.double().numpy(), target.double().numpy())):

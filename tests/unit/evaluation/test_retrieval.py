@@ -19,7 +19,7 @@ KS = (1, 2, 5)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99), st.sampled_from([2, 4096]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_caption_of_several_pictures_is_one(n: int, k: int, seed: int, block: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     text, images = (normalize(torch.randn(count, 3, generator=generator), dim=1) for count in (k, n))
@@ -60,7 +60,6 @@ def tables(draw: st.DrawFn) -> tuple[list[list[float]], list[int], int]:
     return draw(st.lists(row, min_size=len(owners), max_size=len(owners))), list(owners), len(captions)
 
 
-@settings(deadline=None)
 @given(tables(), st.integers(1, 30))
 def test_recall_is_what_a_naive_loop_finds(table: tuple[list[list[float]], list[int], int], block: int) -> None:
     similarity, owners, count = table
@@ -74,7 +73,6 @@ def features(count: int, seed: int, width: int = 64) -> Tensor:
     return normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 2**32), st.integers(1, 50))
 def test_the_block_size_changes_nothing(captions: int, pictures: int, seed: int, block: int) -> None:
     """With features of full precision, every one of which is there several times over."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -78,7 +78,6 @@ def test_templates_are_whole() -> None:
 # ---- accuracy
 
 
-@settings(deadline=None)
 @given(st.integers(2, 8), st.data())
 def test_accuracy_is_what_a_naive_loop_finds(classes: int, data: st.DataObject) -> None:
     row = st.lists(st.integers(-3, 3).map(lambda n: n / 4), min_size=classes, max_size=classes)

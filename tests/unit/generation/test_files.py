@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,7 +27,6 @@ KINDS: tuple[Format, ...] = get_args(Format)
 
 
 @given(prompt=any_text, negative=any_text, kind=st.sampled_from(KINDS))
-@settings(deadline=None)
 def test_any_record_comes_back_from_any_kind(prompt: str, negative: str, kind: Format) -> None:
     written = record(prompt=prompt, negative=negative)
     with TemporaryDirectory() as folder:

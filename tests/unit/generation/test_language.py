@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from limner.errors import UserError
@@ -195,7 +195,6 @@ settings_of_jobs = st.fixed_dictionaries(
 
 
 @given(settings_of_jobs, st.sampled_from(SCHEDULERS))
-@settings(deadline=None)
 def test_any_prompt_and_setting_makes_jobs_or_a_sentence(given_: dict, scheduler: dict[str, str] | None) -> None:
     try:
         jobs = make_jobs(spec(scheduler), **given_)

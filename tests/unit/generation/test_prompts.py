@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from limner.errors import ConfigError
@@ -32,7 +32,6 @@ def test_pieces_hold_every_token_in_order_and_fit(ids: list[int], length: int) -
 
 
 @given(text=st.text(max_size=300))
-@settings(deadline=None)
 def test_framed_pieces_hold_what_the_tokenizer_said(tokenizer: Any, text: str) -> None:
     ids = texts.token_ids(tokenizer, text)
     rows, masks = texts.framed(texts.chunks(ids, LENGTH), tokenizer, LENGTH)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -22,7 +22,6 @@ from records import IMAGE, MODEL, any_text, record
 
 
 @given(prompt=any_text, negative=any_text, seed=st.integers(0, 2**63 - 1), guidance=st.floats(1, 100))
-@settings(deadline=None)
 def test_any_record_comes_back(prompt: str, negative: str, seed: int, guidance: float) -> None:
     written = record(prompt=prompt, negative=negative, seed=seed, guidance=guidance)
     with TemporaryDirectory() as folder:

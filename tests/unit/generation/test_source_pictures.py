@@ -66,7 +66,7 @@ def test_what_can_not_be_begun_with_is_refused(of: Callable[[bytes, str], object
 
 
 @given(st.binary(max_size=200), st.integers(0, 2000), st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"]))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_damaged_files_are_read_or_refused(noise: bytes, at: int, kind: str) -> None:
     data = encoded(PHOTO, kind)
     at %= len(data)

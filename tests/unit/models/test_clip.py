@@ -78,7 +78,6 @@ def letters(text: str) -> str:
 KNOWN = st.characters(codec="utf-8", exclude_categories=["Cc", "Cn", "Zl", "Zp", "Zs"])
 
 
-@settings(deadline=None)
 @given(st.text(KNOWN, max_size=60))
 def test_any_text_comes_back_in_lower_case(text: str) -> None:
     tokenizer = clips.new_tokenizer(CAPTIONS, 600)
@@ -146,7 +145,6 @@ def siglip_ids(pieces: SentencePieceProcessor, text: str, end: int) -> list[int]
     return [*ids, *[end] * (64 - len(ids))]
 
 
-@settings(deadline=None)
 @given(st.lists(texts.filter(lambda text: "</s>" not in text and "<unk>" not in text), min_size=1, max_size=3))
 def test_siglip_reads_pieces_of_plain_lower_case(siglip: Clip, captions: list[str]) -> None:
     ids = siglip.tokenize(captions)
@@ -156,7 +154,6 @@ def test_siglip_reads_pieces_of_plain_lower_case(siglip: Clip, captions: list[st
     assert torch.equal(ids, theirs["input_ids"])
 
 
-@settings(deadline=None)
 @given(st.lists(texts, min_size=1, max_size=3))
 def test_the_mask_is_the_text_with_begin_and_end(clip: Clip, siglip: Clip, captions: list[str]) -> None:
     rows = clip.tokenizer(captions, truncation=True, max_length=77)["input_ids"]
@@ -177,7 +174,7 @@ def reference(clip: Clip, captions: list[str]) -> Tensor:
 
 
 @KINDS
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(captions=st.lists(texts, min_size=1, max_size=3))
 @torch.no_grad()
 def test_text_features_are_those_of_transformers_untrimmed(
@@ -208,7 +205,7 @@ def old(clip: Clip) -> Clip:
     return Clip(network, clip.tokenizer, NORMALISATION)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(captions=st.lists(texts, min_size=1, max_size=3))
 @torch.no_grad()
 def test_a_clip_that_pools_at_the_highest_id_has_the_same_features(clip: Clip, old: Clip, captions: list[str]) -> None:
@@ -275,7 +272,7 @@ def test_token_states_are_those_of_the_last_two_layers(either: dict[str, Clip], 
     assert not torch.equal(last, before)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(captions=st.lists(texts, min_size=1, max_size=3))
 @torch.no_grad()
 def test_token_states_of_trimmed_ids_are_the_same(clip: Clip, captions: list[str]) -> None:

@@ -130,7 +130,7 @@ def test_each_fact_counts(model: Path, name: str) -> None:
     gate.check(given, replace(known, **{name: None}), clip="a", unet=str(model))  # what isn't known can't differ
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(names=st.sets(st.sampled_from(sorted(OTHER))), unknown=st.sets(st.sampled_from(sorted(OTHER))))
 def test_every_difference_is_named_and_no_other(names: set[str], unknown: set[str]) -> None:
     given = replace(TextFacts(32, 2, 600, 77, "quick_gelu", 1e-5, 599, "1" * 64), **{n: OTHER[n] for n in names})

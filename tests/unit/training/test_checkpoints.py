@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -368,7 +368,6 @@ def test_the_best_is_by_the_figure_that_counts() -> None:
 MOVES = st.lists(st.sampled_from([(1, -1), (1, -1), (1, -1), (1, 0), (0, -1), (1, 1), (-1, -1)]), max_size=20)
 
 
-@settings(deadline=None)
 @given(MOVES)
 @example([(1, -1)] * 3 + [(-1, -1)] + [(1, -1)] * 4)
 def test_overfitting_is_noticed_once_when_the_losses_draw_apart(moves: list[tuple[int, int]]) -> None:

@@ -102,7 +102,7 @@ def test_gradients_in_chunks_are_the_plain_ones(
 
 
 @given(st.integers(1, 9), st.integers(1, 12))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_no_chunk_size_changes_what_comes_out(clip: Clip, count: int, chunk: int) -> None:
     batch = examples(clip, count)
     whole, parts = (towers(clip, chunk_size=size, guarded=True)(*batch[:2]) for size in (None, chunk))
@@ -186,7 +186,7 @@ def test_what_is_guarded_against_is_neither_trained_nor_stored(clip: Clip) -> No
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_temperature_stays_within_1_and_100_whatever_the_step(clip: Clip, steps: list[float]) -> None:
     made = towers(clip)
     for step in steps:

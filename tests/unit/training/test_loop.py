@@ -584,7 +584,7 @@ def test_a_plan_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> No
 # ---- the learning rate, and what decays
 
 
-@within(deadline=None, max_examples=40)
+@within(max_examples=40)
 @given(st.integers(1, 64), st.integers(1, 100), st.integers(0, 3_000) | st.just(0), st.floats(0, 1))
 def test_a_cosine_falls_from_the_end_of_the_rise_and_a_constant_rate_does_not(
     batch_size: int, steps: int, warmup: int, final: float

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -134,7 +134,6 @@ def test_gradients_of_the_sigmoid_loss_are_those_of_finite_differences() -> None
     assert torch.autograd.gradcheck(lambda *given: sigmoid(*given, owners), [x.requires_grad_() for x in inputs])
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.integers(0, 3), min_size=8, max_size=8), st.permutations(range(8)))
 def test_the_order_in_a_batch_is_nothing_to_either(count: int, numbers: list[int], order: list[int]) -> None:
     text, images, owners = features(count, 0), features(count, 1), torch.tensor(numbers[:count])

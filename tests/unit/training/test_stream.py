@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from limner.training.stream import Example, Stream
@@ -31,7 +31,6 @@ def read(first: int, last: int, batch_size: int, *, seed: int = 0, **how: int) -
     return [(int(i), *noise.tolist()) for b in batches for i, noise in zip(b["index"], b["noise"], strict=True)]
 
 
-@settings(deadline=None)
 @given(
     first=st.integers(0, 40),
     batches=st.integers(1, 5),
@@ -50,7 +49,6 @@ def test_examples_do_not_depend_on_workers(workers: int) -> None:
     assert read(5, 29, 4, workers=workers) == read(5, 29, 4)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 99), st.integers(0, 5))
 def test_each_epoch_shows_every_picture_once(length: int, seed: int, epoch: int) -> None:
     shown = [stream(length, seed)[k]["index"] for k in range(epoch * length, (epoch + 1) * length)]
@@ -64,7 +62,6 @@ def test_epochs_seeds_and_visits_differ() -> None:
     assert len(noise) == 3 * 10 * LENGTH, "no noise is used twice"
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 20))
 def test_the_shares_of_processes_make_up_the_batch(world: int, per: int, first: int) -> None:
     batch_size, last = world * per, first + 3 * world * per
@@ -92,7 +89,6 @@ def unique(length: int, batch_size: int, seed: int) -> Stream:
     return Stream(length, seed, example, multiple=batch_size)
 
 
-@settings(deadline=None)
 @given(sizes, st.integers(0, 99), st.integers(1, 4))
 def test_no_batch_has_a_picture_twice_and_no_epoch_either(size: tuple[int, int], seed: int, epochs: int) -> None:
     length, batch_size = size
@@ -106,7 +102,6 @@ def test_no_batch_has_a_picture_twice_and_no_epoch_either(size: tuple[int, int],
         assert len(set(shown)) == len(shown) == length - length % batch_size
 
 
-@settings(deadline=None)
 @given(sizes, st.integers(0, 20), st.integers(0, 9))
 def test_resuming_between_batches_changes_nothing(size: tuple[int, int], first: int, seed: int) -> None:
     length, batch_size = size
@@ -142,7 +137,6 @@ def groupings(draw: st.DrawFn) -> tuple[list[int], int]:
     return draw(st.permutations([group for group, count in enumerate(counts) for _ in range(count)])), batch_size
 
 
-@settings(deadline=None)
 @given(groupings(), st.integers(0, 99))
 def test_each_batch_is_of_one_group_and_an_epoch_shows_as_much_of_each_as_fills_batches(
     grouping: tuple[list[int], int], seed: int
@@ -161,7 +155,6 @@ def test_each_batch_is_of_one_group_and_an_epoch_shows_as_much_of_each_as_fills_
         assert Counter(groups[index] for index in shown) == +Counter(wanted)
 
 
-@settings(deadline=None)
 @given(groupings(), st.integers(0, 12), st.integers(0, 9))
 def test_examples_of_groups_do_not_depend_on_where_reading_begins(
     grouping: tuple[list[int], int], first: int, seed: int

@@ -47,7 +47,7 @@ def stepped(given: TrainConfig, images: int) -> tuple[dict[str, Tensor], list[Te
     return figures, list(task.network.parameters()), task.sizes
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_a_batch_in_parts_makes_the_step_of_the_whole(images: int, micro: int) -> None:
     """Parts of different sizes too; all figures are means over images."""

@@ -136,7 +136,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(calls())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_any_call_ends_well(furnished: Path, arguments: list[str]) -> None:
     check(arguments, furnished)
 

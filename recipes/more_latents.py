@@ -56,10 +56,10 @@ def main() -> None:
 @torch.no_grad()
 def more_channels(old: Any, channels: int) -> Any:
     """A VAE whose first latent channels and whose pictures are `old`'s, but for what little it heeds of the others."""
-    before, config = old.config["latent_channels"], old.config
+    before = old.config["latent_channels"]
     if channels <= before:
         raise SystemExit(f"--channels must be more than the {before} that there are.")
-    new = vaes.new(config["block_out_channels"], config["layers_per_block"], channels)
+    new = type(old).from_config({**old.config, "latent_channels": channels})
     means, others = torch.arange(before), torch.arange(before, channels)
     moments = torch.cat([means, channels + means])  # where old moments lie among the new
     weights, given = new.state_dict(), old.state_dict()

@@ -63,6 +63,7 @@ def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
     place(task.network, accelerator)
     need = Need.of(task, config, accelerator)
     need.warn(config, accelerator)
+    there = memory.free(accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
     batches = task.stream.batches(0, (TIMED_STEPS + 1) * config.batch_size, config.batch_size)
     started = time.perf_counter()
@@ -81,7 +82,7 @@ def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
         "steps": f"{math.ceil(config.images / config.batch_size):,} of {config.batch_size} images",
         "memory": f"{megabytes(need.lasting)} for weights, gradients, {config.optimizer} and average, "
         f"about {megabytes(need.activations)} for activations of {memory.held(config, accelerator)} images"
-        f"; {megabytes(memory.free(accelerator))} are free",
+        f"; {megabytes(there)} are free",
         "checkpoint": f"{megabytes(need.checkpoint)} each, {config.keep_checkpoints} and the best are kept",
         "time": f"{config.images / rate / 60:,.0f} minutes at {rate:.1f} images/s, without validation",
         "out": config.out,

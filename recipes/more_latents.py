@@ -6,7 +6,7 @@ python recipes/more_latents.py unet --model builtin --vae runs/more/vae --data d
 limner encode --data data/flickr8k --vae runs/more/model --clip builtin --out runs/more/latents
 limner train unet --preset builtin-tuned --data runs/more/latents --model runs/more/model --out runs/more/unet
 
-The old channels stay what they were, and are first; the VAE hardly heeds the new ones until it is trained. Then all are
+The old channels begin as they were, and are first; the VAE hardly heeds the new ones until it is trained. Then all are
 brought to zero mean and unit deviation, and the U-Net begins by leaving the new ones out, on both sides.
 """
 
@@ -62,7 +62,7 @@ def more_channels(old: Any, channels: int) -> Any:
     new = type(old).from_config({**old.config, "latent_channels": channels})
     means, others = torch.arange(before), torch.arange(before, channels)
     moments = torch.cat([means, channels + means])  # where old moments lie among the new
-    weights, given = new.state_dict(), old.state_dict()
+    weights, given = new.state_dict(), old.state_dict()  # of `new` itself: what is written there is its own
     for name, weight in given.items():
         if weights[name].shape == weight.shape:
             weights[name].copy_(weight)
@@ -79,7 +79,6 @@ def more_channels(old: Any, channels: int) -> Any:
         square = torch.eye(len(weights[f"{name}.weight"]))
         square[own[:, None], own] = given[f"{name}.weight"][:, :, 0, 0]
         weights[f"{name}.weight"].copy_(square[:, :, None, None])
-    new.load_state_dict(weights)
     return new
 
 
@@ -101,14 +100,13 @@ def more_room(old: Any, channels: int) -> Any:
     """A U-Net that answers for the first channels as `old` does, and nothing for the others, which it does not heed."""
     before = old.config["in_channels"]
     new = type(old).from_config({**old.config, "in_channels": channels, "out_channels": channels})
-    weights, given = new.state_dict(), old.state_dict()
+    weights, given = new.state_dict(), old.state_dict()  # of `new` itself: what is written there is its own
     for name, weight in given.items():
         if weights[name].shape == weight.shape:
             weights[name].copy_(weight)
     weights["conv_in.weight"].zero_()[:, :before] = given["conv_in.weight"]
     for name in ("conv_out.weight", "conv_out.bias"):
         weights[name].zero_()[:before] = given[name]
-    new.load_state_dict(weights)
     return new
 
 

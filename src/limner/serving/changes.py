@@ -21,7 +21,7 @@ class Waiter:
         with suppress(RuntimeError):  # its loop has closed
             self._loop.call_soon_threadsafe(self._changed.set)
 
-    async def wait(self, seconds: float) -> None:
+    async def wait(self, seconds: float | None = None) -> None:
         """Until the next change since the last wait ended, or for so long."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), seconds)
@@ -52,6 +52,11 @@ class Changes:
     def followed(self, job: str) -> bool:
         """Whether somebody waits for the steps of a job."""
         return (job, True) in self._waiters
+
+    def awaited(self) -> set[str]:
+        """The jobs whose end somebody waits for."""
+        with self._lock:
+            return {job for job, _ in self._waiters}
 
     def tell(self, job: str, *, step: bool = False) -> None:
         """Wake those who wait for a job; for a step of it, those only who want to know."""

@@ -32,8 +32,6 @@ from limner.serving.worker import POLL, Worker, shape_of, to_draw
 
 log = logging.getLogger("limner.serve")
 
-ELSEWHERE = 2.0  # seconds between looks whether a job ended that another server may have drawn
-
 
 class UnknownModel(ConfigError):
     """A model that is not on the server's list."""
@@ -233,7 +231,7 @@ class Service:
         with self.changes.of(id_, steps=False) as waiter:
             await run_in_threadpool(self._submit, id_, request, owner)
             while True:
-                await waiter.wait(ELSEWHERE)
+                await waiter.wait()
                 if (ended := await run_in_threadpool(self._ended, id_)) is not None:
                     return ended
 

@@ -188,6 +188,14 @@ class Store:
         known = {} if step is None else {"step": step}
         return self._end(JobRow.id == id_, JobRow.state.in_(OPEN), state="cancelled", **known)
 
+    def ended(self, jobs: Collection[str]) -> Sequence[str]:
+        """Those of these jobs that have ended, or were never there."""
+        if not jobs:
+            return []
+        with self.session(write=False) as session:
+            still = session.scalars(select(JobRow.id).where(JobRow.id.in_(jobs), JobRow.state.in_(OPEN)))
+            return [*set(jobs).difference(still)]
+
     def counts(self) -> dict[str, int]:
         """How many jobs are in each state."""
         with self.session(write=False) as session:

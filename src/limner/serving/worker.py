@@ -91,6 +91,7 @@ class Worker:
         self._draining = threading.Event()
         self._halting = threading.Event()
         self._ended = threading.Event()
+        self._stopped = threading.Event()
         self._drawer = Drawer(self._keeper, changes, metrics, self._halting)
         self._threads = [threading.Thread(target=run, daemon=True, name=name) for name, run in self._loops()]
 
@@ -116,11 +117,12 @@ class Worker:
         self._halting.set()
 
     def stop(self, seconds: float) -> None:
-        """Take no more jobs, finish what is being drawn, and after so many seconds hand it back."""
+        """Take no more jobs, finish what is being drawn, or hand it back after so many seconds, and end."""
         self.drain()
         if self._threads[0].is_alive() and not self._ended.wait(seconds):
             self.halt()
             self._ended.wait()
+        self._stopped.set()
 
     def step_of(self, id_: str) -> int | None:
         """Steps done of a job that is being drawn here; None for others."""
@@ -147,6 +149,7 @@ class Worker:
             self.ready = False
             self._crew.close()
             self._ended.set()
+            self._changes.tell_all()  # as what was handed back will not end here
 
     def _go_on(self, *, last: bool = False) -> None:
         """Begin the jobs that are next, or wait for some; with `last` only see what was begun kept, or handed back."""
@@ -205,13 +208,15 @@ class Worker:
 
     def _pulse(self) -> None:
         """Renew the leases, hear what others did to the jobs, and put back those of others that are no more."""
-        while not self._ended.wait(PULSE):
+        while not self._stopped.wait(PULSE):
             with self._lock:
                 held = dict(self._held)
             try:
                 still = self._store.renew(self.id, {id_: one.step for id_, one in held.items()}, self._config.lease)
                 if self._store.put_back_lost(self.id):
                     self.more()
+                for id_ in self._store.ended(self._changes.awaited().difference(held)):
+                    self._changes.tell(id_)
             except SQLAlchemyError:
                 log.exception("leases can't be renewed")
                 continue
@@ -228,7 +233,7 @@ class Worker:
             else:
                 if removed:
                     log.info("old jobs removed", extra={"jobs": removed})
-            if self._ended.wait(TIDY):
+            if self._stopped.wait(TIDY):
                 return
 
     def _begin(self, jobs: Sequence[JobRow]) -> None:

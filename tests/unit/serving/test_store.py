@@ -104,6 +104,15 @@ def test_a_lease_that_ran_out_is_taken_over_and_the_late_one_changes_nothing(sto
     assert len(store.images([row.id])) == 1
 
 
+def test_of_some_jobs_those_that_have_ended_are_told(store: Store) -> None:
+    running, queued, cancelled, other = (add(store, job()) for _ in range(4))
+    store.cancel(cancelled.id, None)
+    store.cancel(other.id, None)
+    assert [row.id for row in store.take("w", pictures=1, lease=LEASE)] == [running.id]
+    assert store.ended([queued.id, running.id, cancelled.id]) == [cancelled.id]
+    assert store.ended([]) == []
+
+
 def test_a_cancelled_job_keeps_no_picture(store: Store) -> None:
     row = add(store, job())
     store.take("w", pictures=1, lease=LEASE)

@@ -3,6 +3,7 @@ models, and where something fails."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import threading
@@ -21,7 +22,7 @@ from limner.errors import ConfigError
 from limner.generation.model import Model, Picture
 from limner.serving import worker
 from limner.serving.schemas import JobRequest, JobView
-from limner.serving.service import Service
+from limner.serving.service import Draining, Service
 from limner.serving.store import QueueFull
 from limner.serving.tables import OPEN
 from tiny import tiny_model
@@ -205,3 +206,46 @@ def test_what_can_t_be_kept_is_drawn_again(beside: Service, monkeypatch: pytest.
     assert len(tries) >= 6
     rows = [beside.store.get(job.id) for job in jobs]
     assert all(row is not None and row.attempts == 1 for row in rows), "nobody's fault"
+
+
+def test_who_waits_hears_of_an_end_at_another_server(service: Service) -> None:
+    queue = service.store
+    service.worker._take = lambda: time.sleep(0.01)  # type: ignore[method-assign]  # so that it is the other's
+
+    async def drawn_elsewhere() -> JobView:
+        waiting = asyncio.create_task(service.draw(JobRequest(prompt=PROMPTS[0], steps=2)))
+        while not (taken := await asyncio.to_thread(queue.take, "elsewhere/1/ab", pictures=1, lease=60.0)):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(worker.PULSE + 0.5)
+        assert not waiting.done()
+        queue.fail("elsewhere/1/ab", taken[0].id, "no luck", fault=False)
+        return (await asyncio.wait_for(waiting, 60))[0]
+
+    service.start()
+    job = asyncio.run(drawn_elsewhere())
+    assert (job.state, job.error) == ("failed", "no luck")
+    service.stop()
+
+
+def test_who_waits_for_what_is_handed_back_is_told_so(beside: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drawing goes on until it is told to halt, so the job can't end."""
+    begun, halting = threading.Event(), beside.worker._halting
+
+    def draw(*_: Any, on_step: Callable[[int], None], **__: Any) -> Any:
+        begun.set()
+        halting.wait(60)
+        on_step(1)
+
+    monkeypatch.setattr(Model, "draw", draw)
+
+    async def wait() -> None:
+        waiting = asyncio.create_task(beside.draw(JobRequest(prompt=PROMPTS[0], steps=2)))
+        assert await asyncio.to_thread(begun.wait, 60)
+        beside.drain()
+        beside.worker.halt()
+        with pytest.raises(Draining, match="goes on when it is back"):
+            await asyncio.wait_for(waiting, 60)
+
+    beside.start()
+    asyncio.run(wait())
+    beside.stop()

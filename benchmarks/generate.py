@@ -3,9 +3,10 @@
     python benchmarks/generate.py --name my-machine
     python benchmarks/generate.py --name my-machine --size sd15 --pixels 256 --steps 4 --sides "diffusers fp32" limner
 
-All draw with the same weights, prompt, seed, steps, guidance and size, in one process, and take turns picture by
-picture. "openvino", where that is installed, is networks of fixed shapes, exported as `limner models export` does, in
-Limner's own denoising loop; "limner openvino" is `--engine openvino`. Both compute in bf16 where Limner does.
+All draw with the same weights, prompt, seed, steps, guidance and size, each in a process of its own, and take turns
+picture by picture. In one process they would slow each other: once there are more threads than cores, OpenMP's wait in
+another way. "openvino", where that is installed, is networks of fixed shapes, exported as `limner models export` does,
+in Limner's own denoising loop; "limner openvino" is `--engine openvino`. Both compute in bf16 where Limner does.
 `--size sd15` is random weights of Stable Diffusion 1.5's sizes. On a GPU, sides are Diffusers and Limner eager and
 compiled (`--compile`), for each of `--batch` pictures at once.
 
@@ -15,14 +16,17 @@ Prints a line for each side and, last, all figures as JSON; the same goes to res
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,7 +139,39 @@ def openvino_side(folder: str, exported: Path, chosen: argparse.Namespace) -> Dr
     return draw
 
 
-def sides(folder: str, exported: Path, chosen: argparse.Namespace) -> dict[str, Draw]:
+class Side:
+    """A process that draws when it is asked to."""
+
+    def __init__(self, load: Callable[[], Draw], threads: int | None) -> None:
+        """Begin it, and wait until it has loaded."""
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        context.Process(target=draw_when_asked, args=(theirs, load, threads), daemon=True).start()
+        theirs.close()
+        self.connection.recv()
+
+    def draw(self) -> tuple[float, float, np.ndarray]:
+        """Seconds, seconds of processor, and what was drawn."""
+        self.connection.send(None)
+        drawn: tuple[float, float, np.ndarray] = self.connection.recv()
+        return drawn
+
+
+def draw_when_asked(connection: Connection, load: Callable[[], Draw], threads: int | None) -> None:
+    """Load, say so, and then draw at each word, until who asks has ended."""
+    if threads:
+        torch.set_num_threads(threads)
+    draw = load()
+    connection.send(None)
+    with suppress(EOFError):
+        while True:
+            connection.recv()
+            started, begun = time.perf_counter(), time.process_time()
+            pictures = draw().astype(int)
+            connection.send((time.perf_counter() - started, time.process_time() - begun, pictures))
+
+
+def sides(folder: str, exported: Path, chosen: argparse.Namespace) -> dict[str, Side]:
     """All sides that this machine has and that are wanted, loaded."""
     known: dict[str, Callable[[], Draw]] = {
         "diffusers fp32": partial(diffusers_side, folder, torch.float32, chosen),
@@ -151,23 +187,22 @@ def sides(folder: str, exported: Path, chosen: argparse.Namespace) -> dict[str, 
         known["openvino"] = partial(openvino_side, folder, exported, chosen)
         known["limner openvino"] = partial(limner_side, folder, chosen, engine="openvino")
         known["limner openvino reuse 2"] = partial(limner_side, folder, chosen, engine="openvino", reuse=2)
-    return {name: load() for name, load in known.items() if name in (chosen.sides or known)}
+    return {name: Side(load, chosen.threads) for name, load in known.items() if name in (chosen.sides or known)}
 
 
-def measure(draws: dict[str, Draw], chosen: argparse.Namespace) -> dict[str, Any]:
+def measure(found: dict[str, Side], chosen: argparse.Namespace) -> dict[str, Any]:
     """Seconds and CPU seconds a picture, medians over the rounds; a round before them warms up."""
-    wall: dict[str, list[float]] = {name: [] for name in draws}
-    busy: dict[str, list[float]] = {name: [] for name in draws}
+    wall: dict[str, list[float]] = {name: [] for name in found}
+    busy: dict[str, list[float]] = {name: [] for name in found}
     pictures = {}
     for number in range(chosen.rounds + 1):
-        for name, draw in draws.items():
-            started, begun = time.perf_counter(), time.process_time()
-            pictures[name] = draw().astype(int)
+        for name, side in found.items():
+            seconds, cpu_seconds, pictures[name] = side.draw()
             if number:
-                wall[name].append((time.perf_counter() - started) / chosen.batch)
-                busy[name].append((time.process_time() - begun) / chosen.batch)
+                wall[name].append(seconds / chosen.batch)
+                busy[name].append(cpu_seconds / chosen.batch)
     result = SimpleNamespace(seconds={}, cpu_seconds={}, away={})
-    for name in draws:
+    for name in found:
         result.seconds[name] = round(statistics.median(wall[name]), 4)
         result.cpu_seconds[name] = round(statistics.median(busy[name]), 4)
         result.away[name] = round(float(np.abs(pictures[name] - next(iter(pictures.values()))).mean()), 3)
@@ -177,7 +212,7 @@ def measure(draws: dict[str, Draw], chosen: argparse.Namespace) -> dict[str, Any
         )
     ratios = {
         ours: {name: round(value / result.seconds[ours], 2) for name, value in result.seconds.items()}
-        for ours in draws
+        for ours in found
         if ours.startswith("limner")
     }
     return {**vars(result), "times": ratios}
@@ -198,8 +233,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also compiled with max-autotune")
     chosen = parser.parse_args()
     chosen.pixels = chosen.pixels or (128 if chosen.size == "builtin" else 256)
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = BUILTIN if chosen.size == "builtin" else chosen.model or Path(name) / "model"
         if not folder.exists():
@@ -209,7 +242,7 @@ def main() -> None:
         "generate",
         chosen.name,
         device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
+        threads=chosen.threads or torch.get_num_threads(),
         versions={name: version(name) for name in ("limner", "torch", "diffusers", "transformers")},
         **{name: value for name, value in vars(chosen).items() if name not in ("name", "threads", "model")},
         **measured,

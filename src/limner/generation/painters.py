@@ -92,7 +92,8 @@ class LatentDiffusion:
             network, self.tokenizer = loading.load_text_encoder(self.ref, self.dtype)
         else:
             network = {"unet": loading.load_unet, "vae": loading.load_vae}[name](self.ref, self.dtype)
-        network = network.to(self.device)
+        # What transformers leave to convolutions lies channels last; other weights would be turned at each of them
+        network = network.to(self.device, memory_format=torch.channels_last)
         self.alter(name, network, self.tokenizer)
         return network
 

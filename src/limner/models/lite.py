@@ -1,4 +1,4 @@
-"""EfficientNet-Lite (Tan and Le 1905.11946), frozen: a judge sees photographs with it, a loss compares pictures by it."""
+"""EfficientNet-Lite (Tan and Le 1905.11946), frozen: judges see photographs with it, a loss compares by it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Give a VAE more latent channels, and a U-Net of its latents room for them, without losing what either has learned.
 
 python recipes/more_latents.py vae --model builtin --channels 8 --out runs/more/begun
-limner train vae --preset builtin-decoder --tune full --model runs/more/begun --data data/flickr8k --out runs/more/vae
+limner train vae --preset builtin-tuned --model runs/more/begun --data data/flickr8k --out runs/more/vae
 python recipes/more_latents.py unet --model builtin --vae runs/more/vae --data data/flickr8k --out runs/more/model
 limner encode --data data/flickr8k --vae runs/more/model --clip builtin --out runs/more/latents
 limner train unet --preset builtin-tuned --data runs/more/latents --model runs/more/model --out runs/more/unet

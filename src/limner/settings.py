@@ -40,10 +40,9 @@ BUILTIN_CLIP = {
     "validate_every": 8_000,
     "checkpoint_every": 8_000,
 }
-BUILTIN_VAE = {"images": 36_000, "batch_size": 16, "validate_every": 4_000, "checkpoint_every": 4_000}
-BUILTIN_DECODER = {
-    "tune": "decoder",
-    "images": 31_000,
+BUILTIN_VAE = {"latent_channels": 8, "images": 36_000, "batch_size": 16, "validate_every": 4_000, "checkpoint_every": 4_000}
+BUILTIN_TUNED_VAE = {
+    "images": 52_000,
     "batch_size": 16,
     "lr": 6e-4,
     "perceptual_weight": 1.25,
@@ -59,8 +58,8 @@ BUILTIN_UNET = {
     "checkpoint_every": 10_000,
     "sample_prompts": MISSION,
 }
-BUILTIN_TUNED = {
-    "images": 154_000,
+BUILTIN_TUNED_UNET = {
+    "images": 374_000,
     "batch_size": 64,
     "validate_every": 16_000,
     "checkpoint_every": 10_000,
@@ -71,8 +70,8 @@ PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
     # What recipes/builtin uses, cut for two CPU cores; docs/experiments.md has what each reached.
     # On the base of recipes/base_clip.py, test text to image R@1/5/10: 2.9/10.6/18.4 % before, 12.4/31.3/43.7 after
     TrainClipConfig: {"builtin": BUILTIN_CLIP},
-    TrainVaeConfig: {"builtin": BUILTIN_VAE, "builtin-decoder": BUILTIN_DECODER},
-    TrainUnetConfig: {"builtin": BUILTIN_UNET, "builtin-tuned": BUILTIN_TUNED},
+    TrainVaeConfig: {"builtin": BUILTIN_VAE, "builtin-tuned": BUILTIN_TUNED_VAE},
+    TrainUnetConfig: {"builtin": BUILTIN_UNET, "builtin-tuned": BUILTIN_TUNED_UNET},
     AssembleConfig: {
         "builtin": {"precision": "bf16", "steps": 8, "guidance": 6.0},
     },

@@ -40,7 +40,13 @@ BUILTIN_CLIP = {
     "validate_every": 8_000,
     "checkpoint_every": 8_000,
 }
-BUILTIN_VAE = {"latent_channels": 8, "images": 36_000, "batch_size": 16, "validate_every": 4_000, "checkpoint_every": 4_000}
+BUILTIN_VAE = {
+    "latent_channels": 8,
+    "images": 36_000,
+    "batch_size": 16,
+    "validate_every": 4_000,
+    "checkpoint_every": 4_000,
+}
 BUILTIN_TUNED_VAE = {
     "images": 52_000,
     "batch_size": 16,

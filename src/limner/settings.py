@@ -48,7 +48,7 @@ BUILTIN_VAE = {
     "checkpoint_every": 4_000,
 }
 BUILTIN_TUNED_VAE = {
-    "images": 52_000,
+    "images": 66_000,
     "batch_size": 16,
     "lr": 6e-4,
     "perceptual_weight": 1.25,
@@ -65,7 +65,7 @@ BUILTIN_UNET = {
     "sample_prompts": MISSION,
 }
 BUILTIN_TUNED_UNET = {
-    "images": 374_000,
+    "images": 311_000,
     "batch_size": 64,
     "validate_every": 16_000,
     "checkpoint_every": 10_000,

@@ -1,4 +1,4 @@
-"""Which layers of a given U-Net are trained."""
+"""Which layers of a given U-Net are trained, and what some compute in."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -79,6 +80,12 @@ def run_recipe(name: str, *arguments: str, cwd: Path, **environment: str) -> str
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def script(monkeypatch: pytest.MonkeyPatch, name: str, *words: object) -> None:
+    """Run a recipe that is a Python script, in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    runpy.run_path(str(RECIPES / name), run_name="__main__")
 
 
 def shapes(folder: Path, count: int) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +12,14 @@ from limner.config import EncodeConfig, TrainUnetConfig, TrainVaeConfig
 from limner.models import loading
 from limner.stages import encode, train_unet, train_vae
 from tiny import tiny_model
-from trainings import RECIPES, SIDE, config
-
-
-def more_latents(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    """Run the script with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["more_latents.py", *map(str, words)])
-    runpy.run_path(str(RECIPES / "more_latents.py"), run_name="__main__")
+from trainings import SIDE, config, script
 
 
 def test_what_was_learned_is_kept_and_goes_on_in_more_channels(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(tmp_path / "model")
-    more_latents(monkeypatch, "vae", "--model", model, "--channels", 6, "--out", tmp_path / "begun")
+    script(monkeypatch, "more_latents.py", "vae", "--model", model, "--channels", 6, "--out", tmp_path / "begun")
     old, new = (loading.load_vae(str(folder)).eval() for folder in (model, tmp_path / "begun"))
     with torch.no_grad():
         pixels = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
@@ -41,7 +33,7 @@ def test_what_was_learned_is_kept_and_goes_on_in_more_channels(
 
     vae = train_vae.run(config(TrainVaeConfig, data, tmp_path / "vae", model=str(tmp_path / "begun"), channels=None))
     given = ["--model", model, "--vae", vae, "--data", data, "--size", SIDE]
-    more_latents(monkeypatch, "unet", *given, "--out", tmp_path / "grown")
+    script(monkeypatch, "more_latents.py", "unet", *given, "--out", tmp_path / "grown")
     unet, grown = (loading.load_unet(str(folder)).eval() for folder in (model, tmp_path / "grown"))
     latents, states = torch.randn(2, 6, 8, 8), torch.randn(2, 7, unet.config["cross_attention_dim"])
     with torch.no_grad():
@@ -57,5 +49,5 @@ def test_what_was_learned_is_kept_and_goes_on_in_more_channels(
 def test_fewer_channels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path / "model")
     with pytest.raises(SystemExit, match="more than the 4 that there are"):
-        more_latents(monkeypatch, "vae", "--model", model, "--channels", 4, "--out", tmp_path / "r")
+        script(monkeypatch, "more_latents.py", "vae", "--model", model, "--channels", 4, "--out", tmp_path / "r")
     assert not (tmp_path / "r").exists()

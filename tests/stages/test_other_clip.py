@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,7 @@ from limner.generation.engine import encode_prompts
 from limner.models import loading
 from limner.models.clip import new_tokenizer
 from tiny import VOCABULARY, tiny_model, tiny_text_encoder
-from trainings import RECIPES
-
-
-def other_clip(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    """Run the script with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["other_clip.py", *map(str, words)])
-    runpy.run_path(str(RECIPES / "other_clip.py"), run_name="__main__")
+from trainings import script
 
 
 def test_keys_and_values_read_the_states_nearest_to_the_old(
@@ -30,7 +22,7 @@ def test_keys_and_values_read_the_states_nearest_to_the_old(
     known, other = tiny_model(tmp_path / "known"), tiny_model(tmp_path / "other")
     tiny_text_encoder(seed=1).save_pretrained(other / "text_encoder")
     given = ["--model", known, "--clip", known, "--other", other, "--data", data]
-    other_clip(monkeypatch, *given, "--out", tmp_path / "out")
+    script(monkeypatch, "other_clip.py", *given, "--out", tmp_path / "out")
 
     captions = [caption for record in read_split(data, "train") for caption in record.captions]
     new, old = (
@@ -50,5 +42,5 @@ def test_another_vocabulary_is_refused(data: Path, tmp_path: Path, monkeypatch: 
     new_tokenizer(["zebras quiz jackdaws", "vexed sphinx"], VOCABULARY).save_pretrained(other / "tokenizer")
     given = ["--model", known, "--clip", known, "--other", other, "--data", data, "--out", tmp_path / "out"]
     with pytest.raises(SystemExit, match="different tokens"):
-        other_clip(monkeypatch, *given)
+        script(monkeypatch, "other_clip.py", *given)
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from limner.models import vae as vaes
 from limner.models.perceptual import BLOCKS, PerceptualDistance
 from limner.stages import train_vae
 from tiny import tiny_taesd
-from trainings import RECIPES, SIDE, config
+from trainings import SIDE, config, script
 
 
 @torch.no_grad()
@@ -57,8 +56,7 @@ def test_the_recipe_writes_what_comes_back_of_the_first_photographs(
     out = tmp_path / "back"
     given = {"vae": vae, "data": data, "out": out, "size": SIDE}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words, "-n", "2"])
-    runpy.run_path(str(RECIPES / "reconstruct.py"), run_name="__main__")
+    script(monkeypatch, "reconstruct.py", *words, "-n", "2")
     records = read_split(data, "val")[:2]
     assert {file.stem for file in out.iterdir()} == {record.path.stem for record in records}
     model = AutoencoderKL.from_pretrained(vae / "model" / "vae")

@@ -217,6 +217,7 @@ def test_a_picture_is_mirrored_only_where_all_that_is_said_of_it_allows(data: Pa
     sided = with_captions(data, tmp_path / "d", lambda split, number, had: ["It is on the left.", *had[1:]])
     made = settings(sided, tmp_path / "r", join=0.5, min_scale=1, vocabulary=4096)
     both = task(made), TrainClip(made.model_copy(update={"colour": 0.5}))
+    still = TrainClip(made.model_copy(update={"flips": False}))
     seen = set()
     for position in range(150):
         example = both[0].stream[position]
@@ -226,6 +227,7 @@ def test_a_picture_is_mirrored_only_where_all_that_is_said_of_it_allows(data: Pa
         if mirrored:
             assert torch.equal(example["pixels"], plain.flip(-1))
         seen.add((may_flip(text), mirrored))
+        assert torch.equal(still.stream[position]["pixels"], plain)
         coloured = both[1].stream[position]
         assert torch.equal(coloured["ids"], example["ids"])
         assert not torch.equal(coloured["pixels"], example["pixels"])
@@ -496,8 +498,8 @@ def test_weights_that_are_missing_or_pickled_are_refused_by_name(clip: Path, dat
     [
         ({"sweep_alpha": True}, "sweep_alpha compares with the CLIP that the training begins with"),
         ({"drift_weight": 1}, "drift_weight compares with the CLIP that the training begins with"),
-        ({"tune": "lora"}, "a new CLIP has nothing worth keeping yet"),
-        ({"lock": "text"}, "a new CLIP has nothing worth keeping yet"),
+        ({"tune": "lora"}, "a new CLIP has nothing to keep yet"),
+        ({"lock": "text"}, "a new CLIP has nothing to keep yet"),
         ({"model": "m", "tune": "adapter", "drift_weight": 1}, "leaves both towers as they are"),
         ({"model": "m", "tune": "adapter", "sweep_alpha": True}, "leaves both towers as they are"),
         ({"model": "m", "tune": "adapter", "lock": "image"}, "leaves both towers as they are"),

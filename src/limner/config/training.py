@@ -183,6 +183,8 @@ class TrainClipConfig(TrainConfig):
     """Length of the text and image features of a new CLIP."""
     min_scale: float = Field(default=0.5, gt=0, le=1)
     """Smallest share of the picture that a random crop takes."""
+    flips: bool = True
+    """Mirror half of the pictures, but none whose text speaks of left or right."""
     colour: float = Field(default=0.0, ge=0, lt=1)
     """Most by which brightness, contrast and saturation of a picture are changed, as a share."""
     join: float = Field(default=0.0, ge=0, le=1)
@@ -232,9 +234,7 @@ class TrainClipConfig(TrainConfig):
                 if getattr(self, name):
                     raise ValueError(f"{name} compares with the CLIP that the training begins with; name it with model")
             if self.tune != "full" or self.lock:
-                raise ValueError(
-                    "a new CLIP has nothing worth keeping yet; use tune=full without lock, or name a model"
-                )
+                raise ValueError("a new CLIP has nothing to keep yet; use tune=full without lock, or name a model")
         if self.tune == "adapter" and (self.lock or self.sweep_alpha or self.drift_weight):
             raise ValueError(
                 "tune=adapter leaves both towers as they are; leave out lock, sweep_alpha and drift_weight"

@@ -109,7 +109,7 @@ class TrainClip:
                 path, caption, lesson, owner = *self.lessons.draw(rng), NO_PAIR
             else:
                 lesson = self.lessons.of_pair(index, numbers)
-        flip = owner == NO_PAIR or may_flip(caption)
+        flip = self.config.flips and (owner == NO_PAIR or may_flip(caption))
         pixels = load_crop(path, self.clip.size, rng, min_scale=self.config.min_scale, flip=flip)
         if self.config.colour:
             pixels = jitter(pixels, rng, self.config.colour)

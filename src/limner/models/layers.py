@@ -1,10 +1,10 @@
-"""Which layers of a given U-Net are trained, and what some compute in."""
+"""Which layers of a given U-Net are trained, and how they attend."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from limner.errors import ModelError
 
@@ -48,21 +48,6 @@ def attend_plainly(unet: Any) -> None:
         for block in unet.modules():
             if isinstance(getattr(block, "processor", None), AttnProcessor2_0):
                 block.set_processor(AttnProcessor())
-
-
-def normalise_in_float(network: nn.Module) -> None:
-    """Let group norms compute in fp32 within autocast, as it has them do on a GPU.
-
-    On a CPU autocast leaves them in bf16, where their way back takes several times as long (docs/experiments.md).
-    """
-    for layer in network.modules():
-        if isinstance(layer, nn.GroupNorm):
-            layer.register_forward_pre_hook(_to_float)
-
-
-def _to_float(layer: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-    del layer
-    return (given[0].float(),)
 
 
 def freeze_others(network: nn.Module, tune: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from limner.config import TrainConfig
 from limner.errors import ConfigError
-from limner.models import layers
+from limner.models import kernels
 from limner.training.stream import Stream
 
 RECOMPUTING: dict[str, tuple[Any, ...]] = {
@@ -59,7 +59,7 @@ def place(network: nn.Module, accelerator: Accelerator) -> None:
     """Move a network to where it is trained, and ready it for that."""
     # What tensor cores want for convolutions; on CPU it makes no difference (docs/experiments.md).
     network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    layers.normalise_in_float(network)
+    kernels.quicken(network)
     network.train()
 
 

@@ -48,17 +48,3 @@ def test_large_unets_keep_the_kernel_that_needs_little_memory(size: int | tuple[
     before = network.attn_processors
     layers.attend_plainly(network)
     assert network.attn_processors == before
-
-
-def test_group_norms_compute_in_fp32_within_autocast() -> None:
-    network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 4, 1))
-    x = torch.randn(2, 4, 6, 6)
-    for wanted in (torch.bfloat16, torch.float32):
-        with torch.autocast("cpu", torch.bfloat16):
-            between = network[0](x)
-            normed = network[1](between)
-            assert between.dtype == network(x).dtype == torch.bfloat16
-        assert normed.dtype == wanted
-        layers.normalise_in_float(network)
-    expected = torch.nn.functional.group_norm(between.float(), 2, network[1].weight, network[1].bias)
-    torch.testing.assert_close(normed, expected)

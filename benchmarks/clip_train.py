@@ -239,6 +239,7 @@ def limner_side(pipe: Connection, work: Work) -> None:
     from limner.stages.train_clip import TrainClip
     from limner.training import optimizers, processes
     from limner.training.average import WeightAverage
+    from limner.training.lanes import Lanes
     from limner.training.task import place, step
 
     write_clip(work.folder / "clip")
@@ -255,13 +256,13 @@ def limner_side(pipe: Connection, work: Work) -> None:
     place(task.network, accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
     average = WeightAverage(task.network, config.ema_halflife)
-    network = accelerator.prepare(task.network)
+    lanes = Lanes.of(accelerator.prepare(task.network), config, accelerator)
     watch = Watch(optimizer)
-    said = ready(network, task.clip.tokenize([record.captions[0] for record in task.train]))
+    said = ready(lanes.network, task.clip.tokenize([record.captions[0] for record in task.train]))
     batches = task.stream.batches(0, len(task.train), config.batch_size, workers=config.workers)
     settings = {"rate": config.lr, "seed": config.seed, "config": config, "accelerator": accelerator}
     for batch in in_rounds(pipe, said, batches, watch, work.steps):
-        figures = step(task, network, optimizer, batch, **settings)
+        figures = step(task, lanes, optimizer, batch, **settings)
         assert all(isfinite(figures[name].item()) for name in ("loss", "gradient"))
         watch.start()
         average.update(config.batch_size, config.images)

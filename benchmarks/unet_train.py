@@ -164,6 +164,7 @@ def limner(work: Work) -> Iterator[None]:
     from limner.stages.train_unet import TrainUnet
     from limner.training import memory, optimizers, processes
     from limner.training.average import WeightAverage
+    from limner.training.lanes import Lanes
     from limner.training.task import place, step
 
     config = TrainUnetConfig(
@@ -179,10 +180,10 @@ def limner(work: Work) -> Iterator[None]:
     place(task.network, accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
     average = WeightAverage(task.network, config.ema_halflife)
-    network = accelerator.prepare(task.network)
+    lanes = Lanes.of(accelerator.prepare(task.network), config, accelerator)
     settings = {"rate": config.lr, "seed": config.seed, "config": config, "accelerator": accelerator}
     for batch in task.stream.batches(0, 10**9, config.batch_size, workers=config.workers):
-        figures = step(task, network, optimizer, batch, **settings)
+        figures = step(task, lanes, optimizer, batch, **settings)
         figures["loss"].item()  # which the loop looks at
         average.update(config.batch_size, config.images)
         yield

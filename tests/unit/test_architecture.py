@@ -22,7 +22,7 @@ LAYERS = (
     {"stages"},
     {"training", "generation", "evaluation", "data", "serving"},
     {"models", "diffusion"},
-    {"artifacts", "config", "settings", "errors", "progress", "system"},
+    {"artifacts", "config", "settings", "errors", "progress", "system", "threads"},
 )
 """A part may import its own layer and those below."""
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

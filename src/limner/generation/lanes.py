@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import torch
+
+from limner.threads import pool_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,7 +45,7 @@ def side_by_side(draw: Callable[[T, Callable[[], None]], R], todo: Sequence[T], 
     `draw` is also given what to call now and then, which ends it where nobody goes on with the iterator, or another
     has failed. Raises what the first one to fail has raised.
     """
-    pool, ended = _pool(lanes(threads), threads), threading.Event()
+    pool, ended = pool_of(lanes(threads), threads), threading.Event()
     failures: list[BaseException] = []
 
     def check() -> None:
@@ -78,21 +79,3 @@ def side_by_side(draw: Callable[[T, Callable[[], None]], R], todo: Sequence[T], 
         for future in begun:
             future.cancel()
         wait(begun)
-
-
-@functools.cache
-def _pool(count: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that stay, each of which computes with so many of torch's."""
-    pool, begun = ThreadPoolExecutor(count, "lane"), threading.Barrier(count + 1)
-    before = torch.get_num_threads()
-
-    def begin() -> None:
-        torch.get_num_threads()  # a thread's first question makes it like all others
-        torch.set_num_threads(threads)
-        begun.wait()
-
-    for _ in range(count):
-        pool.submit(begin)
-    begun.wait()
-    torch.set_num_threads(before)  # of this thread and of those yet to come; those of the pool have their own by now
-    return pool

@@ -18,6 +18,7 @@ from limner.errors import ConfigError
 from limner.settings import resolve
 from limner.training import memory, optimizers
 from limner.training.average import WeightAverage
+from limner.training.lanes import Lanes
 from limner.training.task import Task, loss, place, step
 
 SMALLEST = 8  # images a step that the search begins with
@@ -82,6 +83,7 @@ def timed(task: Task, config: TrainConfig, accelerator: Accelerator, *, room: in
     place(task.network, accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
     average = WeightAverage(task.network, config.ema_halflife)
+    lanes = Lanes.of(task.network, config, accelerator)
     before = memory.proc("/proc/self/status", "VmRSS")
     taken = 0.0  # bytes an image
 
@@ -93,9 +95,7 @@ def timed(task: Task, config: TrainConfig, accelerator: Accelerator, *, room: in
         seconds = []
         for _ in range(TIMED + 1):
             started = time.perf_counter()
-            figures = step(
-                task, task.network, optimizer, batch, rate=0.0, seed=0, config=config, accelerator=accelerator
-            )
+            figures = step(task, lanes, optimizer, batch, rate=0.0, seed=0, config=config, accelerator=accelerator)
             average.update(size, size)
             figures["loss"].item()  # waits for the GPU
             seconds.append(time.perf_counter() - started)
@@ -135,13 +135,13 @@ def find_rate(task: Task, config: TrainConfig, accelerator: Accelerator) -> floa
     Raises ConfigError where the loss falls at none.
     """
     place(task.network, accelerator)
-    optimizer = optimizers.new(task.network, config, task.rates)
+    optimizer, lanes = optimizers.new(task.network, config, task.rates), Lanes.of(task.network, config, accelerator)
     batches = task.stream.batches(0, (STEPS + 1) * config.batch_size, config.batch_size, workers=config.workers)
     held_back = next(batches)  # judged by one batch, the loss is free of the noise between batches
     settings = {"config": config, "accelerator": accelerator}
 
     def loss_after(rate: float) -> float:
-        step(task, task.network, optimizer, next(batches), rate=rate, seed=config.seed, **settings)
+        step(task, lanes, optimizer, next(batches), rate=rate, seed=config.seed, **settings)
         torch.manual_seed(config.seed)
         with torch.no_grad():
             return loss(task, task.network, held_back, **settings)[0].item()

@@ -22,6 +22,7 @@ from limner.training import auto, checkpoints, memory, optimizers, processes
 from limner.training.average import WeightAverage
 from limner.training.checkpoints import Facts
 from limner.training.journal import Journal, refuse_unavailable
+from limner.training.lanes import Lanes
 from limner.training.memory import Need, megabytes
 from limner.training.processes import on_main
 from limner.training.task import Task, place, recompute, step
@@ -65,15 +66,14 @@ def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
     need.warn(config, accelerator)
     there = memory.free(accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
+    lanes = Lanes.of(task.network, config, accelerator)
     batches = task.stream.batches(0, (TIMED_STEPS + 1) * config.batch_size, config.batch_size)
     started = time.perf_counter()
     for number, batch in enumerate(batches):
         if number == 1:
             started = time.perf_counter()
         with memory.shortage(config, accelerator):
-            figures = step(
-                task, task.network, optimizer, batch, rate=0.0, seed=0, config=config, accelerator=accelerator
-            )
+            figures = step(task, lanes, optimizer, batch, rate=0.0, seed=0, config=config, accelerator=accelerator)
         figures["loss"].item()  # waits for the GPU
     rate = TIMED_STEPS * config.batch_size / (time.perf_counter() - started)
     return {
@@ -140,6 +140,7 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
     on_main(accelerator, checkpoints.tidy, run.checkpoints, config.keep_checkpoints, facts)
     if config.compile:
         network = torch.compile(network)
+    lanes = Lanes.of(network, config, accelerator)
     journal = Journal(run.folder, config, accelerator)
     batches = task.stream.batches(
         facts.images,
@@ -157,7 +158,7 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
             dropout = config.seed + seen + accelerator.process_index
             given = {"rate": rate, "seed": dropout, "config": config, "accelerator": accelerator}
             with memory.shortage(config, accelerator):
-                figures = step(task, network, optimizer, next(batches), **given)
+                figures = step(task, lanes, optimizer, next(batches), **given)
             figures = accelerator.reduce(figures, "mean")
             for name in ("loss", "gradient"):
                 _refuse_nan(name, figures[name].item(), seen, config)

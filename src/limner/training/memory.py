@@ -18,6 +18,7 @@ from torch import Tensor
 from limner import system
 from limner.config import TrainConfig
 from limner.errors import RunError
+from limner.training.lanes import lanes_for
 from limner.training.task import Task, loss
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Need:
     """Weights that are trained."""
     frozen: int
     """Weights that stay as they are."""
+    gradients: int
+    """Of the trained weights, in each lane."""
     optimizer: int
     """The optimiser's state."""
     activations: int
@@ -55,12 +58,13 @@ class Need:
         one, two = (_kept(task, images, config, accelerator) for images in (batch, twice))
         activations = one + (held(config, accelerator) - 1) * max(two - one, 0)
         frozen = sum(p.numel() for p in parameters) - trained
-        return cls(4 * trained, 4 * frozen, STATE[config.optimizer] * trained, activations)
+        lanes = lanes_for(task.network, config, accelerator)
+        return cls(4 * trained, 4 * frozen, 4 * trained * lanes, STATE[config.optimizer] * trained, activations)
 
     @property
     def lasting(self) -> int:
         """Bytes of weights, their gradients, their average, and the optimiser's state."""
-        return 3 * self.trained + self.frozen + self.optimizer
+        return 2 * self.trained + self.frozen + self.gradients + self.optimizer
 
     @property
     def checkpoint(self) -> int:

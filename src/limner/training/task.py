@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from limner.config import TrainConfig
 from limner.errors import ConfigError
 from limner.models import kernels
+from limner.training.lanes import Lanes
 from limner.training.stream import Stream
 
 RECOMPUTING: dict[str, tuple[Any, ...]] = {
@@ -89,7 +90,7 @@ def loss(
 
 def step(
     task: Task,
-    network: nn.Module,
+    lanes: Lanes,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Tensor],
     *,
@@ -100,33 +101,41 @@ def step(
 ) -> dict[str, Tensor]:
     """One step of descent at the learning rate `rate`. -> `loss`, `gradient` (its length) and the task's figures.
 
-    `network` is the task's, as it may have been wrapped; `seed` is that of dropout. Where `loss` or `gradient` is not
-    finite, the weights have become useless.
+    `lanes` have the task's network, as it may have been wrapped; `seed` is that of dropout. Where `loss` or `gradient`
+    is not finite, the weights have become useless.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate"]
     torch.manual_seed(seed)
-    figures = _accumulate(task, network, batch, config, accelerator)
-    gradient = accelerator.clip_grad_norm_(network.parameters(), config.clip_norm)
+    figures = _accumulate(task, lanes, batch, config, accelerator)
+    gradient = accelerator.clip_grad_norm_(lanes.network.parameters(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"gradient": gradient.detach().float(), **figures}
 
 
 def _accumulate(
-    task: Task, network: nn.Module, batch: dict[str, Tensor], config: TrainConfig, accelerator: Accelerator
+    task: Task, lanes: Lanes, batch: dict[str, Tensor], config: TrainConfig, accelerator: Accelerator
 ) -> dict[str, Tensor]:
     """Put the gradient of a batch in place, `micro_batch_size` images at a time. -> the means of loss and figures."""
     count = len(next(iter(batch.values())))
-    starts = range(0, count, config.micro_batch_size or count)
     means: dict[str, Tensor] = {}
+
+    def learn(network: nn.Module, part: slice) -> tuple[float, dict[str, Tensor]]:
+        share = (part.stop - part.start) / count
+        some = {name: value[part] for name, value in batch.items()}
+        value, figures = loss(task, network, some, config=config, accelerator=accelerator)
+        accelerator.backward(share * value)
+        return share, {"loss": value.detach(), **figures}
+
+    starts = range(0, count, config.micro_batch_size or count)
     for start in starts:
-        part = {name: value[start : start + starts.step] for name, value in batch.items()}
-        share = min(starts.step, count - start) / count
+        parts = lanes.parts(min(starts.step, count - start))
+        moved = [slice(start + part.start, start + part.stop) for part in parts]
         # Processes meet once a step, at the last part
-        with nullcontext() if start == starts[-1] else accelerator.no_sync(network):
-            value, figures = loss(task, network, part, config=config, accelerator=accelerator)
-            accelerator.backward(share * value)
-        for name, figure in {"loss": value, **figures}.items():
-            means[name] = means.get(name, 0) + share * figure.detach().float()
+        with nullcontext() if start == starts[-1] else accelerator.no_sync(lanes.network):
+            found = lanes.learn(learn, moved)
+        for share, figures in found:
+            for name, figure in figures.items():
+                means[name] = means.get(name, 0) + share * figure.detach().float()
     return means

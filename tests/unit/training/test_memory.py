@@ -96,10 +96,10 @@ def test_the_checkpoint_is_as_large_as_was_said(tmp_path: Path, kind: str) -> No
 def test_too_little_memory_is_said_in_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
     accelerator = processes.join(None)
     with caplog.at_level(logging.WARNING):
-        Need(4, 4, 8, 10).warn(settings(), accelerator)
-        Need(0, HUGE, 0, 0).warn(settings(), accelerator)  # weights that are there already need no more
+        Need(4, 4, 4, 8, 10).warn(settings(), accelerator)
+        Need(0, HUGE, 0, 0, 0).warn(settings(), accelerator)  # weights that are there already need no more
         assert caplog.text == ""
-        Need(4, 4, 8, HUGE).warn(settings(), accelerator)
+        Need(4, 4, 4, 8, HUGE).warn(settings(), accelerator)
     (record,) = caplog.records
     said = record.getMessage()
     assert said.startswith("This training needs about 1,000,000,000,000 MB of memory, and ")

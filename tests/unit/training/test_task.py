@@ -16,6 +16,7 @@ from limner.config import TrainClipConfig, TrainConfig
 from limner.errors import ConfigError
 from limner.models import vae as vaes
 from limner.training import optimizers, processes
+from limner.training.lanes import Lanes
 from limner.training.task import place, recompute, step
 from tiny import VOCABULARY, WIDTH, tiny_clip, tiny_unet, tiny_vae
 from trainings import Summing, config
@@ -43,7 +44,9 @@ def stepped(given: TrainConfig, images: int) -> tuple[dict[str, Tensor], list[Te
     place(task.network, accelerator)
     optimizer = optimizers.new(task.network, given, {})
     batch = next(task.stream.batches(0, images, images))
-    figures = step(task, task.network, optimizer, batch, rate=0.01, seed=0, config=given, accelerator=accelerator)
+    figures = step(
+        task, Lanes(task.network), optimizer, batch, rate=0.01, seed=0, config=given, accelerator=accelerator
+    )
     return figures, list(task.network.parameters()), task.sizes
 
 

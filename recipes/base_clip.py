@@ -367,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("data", "dataset", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=230_000)
+    parser.add_argument("--images", type=int, default=355_000)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--dry-run", action="store_true", help="print what it would cost, and write nothing")
     given = parser.parse_args()

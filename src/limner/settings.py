@@ -28,7 +28,7 @@ from limner.errors import ConfigError
 MISSION = ("A golden retriever playing in a field.", "A toddler playing in a sandbox.")
 
 BUILTIN_CLIP = {
-    "images": 48_000,
+    "images": 80_000,
     "batch_size": 256,
     "lr": 7e-4,
     "weight_decay": 0.2,
@@ -48,7 +48,7 @@ BUILTIN_VAE = {
     "checkpoint_every": 4_000,
 }
 BUILTIN_TUNED_VAE = {
-    "images": 66_000,
+    "images": 102_000,
     "batch_size": 16,
     "lr": 6e-4,
     "perceptual_weight": 1.25,
@@ -74,7 +74,7 @@ BUILTIN_TUNED_UNET = {
 
 PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
     # What recipes/builtin uses, cut for two CPU cores; docs/experiments.md has what each reached.
-    # On the base of recipes/base_clip.py, test text to image R@1/5/10: 2.9/10.6/18.4 % before, 12.4/31.3/43.7 after
+    # On the base of recipes/base_clip.py, test text to image R@1/5/10: 3.5/12.7/19.7 % before, 13.8/34.4/47.4 after
     TrainClipConfig: {"builtin": BUILTIN_CLIP},
     TrainVaeConfig: {"builtin": BUILTIN_VAE, "builtin-tuned": BUILTIN_TUNED_VAE},
     TrainUnetConfig: {"builtin": BUILTIN_UNET, "builtin-tuned": BUILTIN_TUNED_UNET},

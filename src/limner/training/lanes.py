@@ -30,8 +30,8 @@ class Lanes:
     """A network, and for each further lane a copy that has its weights, but gradients of its own."""
 
     def __init__(self, network: nn.Module, count: int = 1) -> None:
-        self.network = network
-        self._networks = [network, *(_twin(network) for _ in range(count - 1))]
+        self.network, self._count = network, count
+        self._networks = [network]
 
     @classmethod
     def of(cls, network: nn.Module, config: TrainConfig, accelerator: Accelerator) -> Self:
@@ -40,7 +40,7 @@ class Lanes:
 
     def parts(self, count: int) -> list[slice]:
         """How the images of a batch of `count` are shared out."""
-        lanes = max(1, min(len(self._networks), count // LEAST))
+        lanes = max(1, min(self._count, count // LEAST))
         ends = [count * number // lanes for number in range(lanes + 1)]
         return [slice(start, end) for start, end in pairwise(ends)]
 
@@ -48,6 +48,8 @@ class Lanes:
         """What `act` returns for each part, while the gradients that it leaves come together in `network`."""
         if len(parts) == 1:
             return [act(self.network, parts[0])]
+        while len(self._networks) < len(parts):
+            self._networks.append(_twin(self.network))
         pool = pool_of(len(parts), torch.get_num_threads() // len(parts))
         begun = [pool.submit(act, network, part) for network, part in zip(self._networks, parts)]
         wait(begun)

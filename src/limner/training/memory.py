@@ -18,7 +18,7 @@ from torch import Tensor
 from limner import system
 from limner.config import TrainConfig
 from limner.errors import RunError
-from limner.training.lanes import lanes_for
+from limner.training.lanes import Lanes
 from limner.training.task import Task, loss
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Need:
         one, two = (_kept(task, images, config, accelerator) for images in (batch, twice))
         activations = one + (held(config, accelerator) - 1) * max(two - one, 0)
         frozen = sum(p.numel() for p in parameters) - trained
-        lanes = lanes_for(task.network, config, accelerator)
-        return cls(4 * trained, 4 * frozen, 4 * trained * lanes, STATE[config.optimizer] * trained, activations)
+        lanes = Lanes.of(task.network, config, accelerator).parts(held(config, accelerator))
+        return cls(4 * trained, 4 * frozen, 4 * trained * len(lanes), STATE[config.optimizer] * trained, activations)
 
     @property
     def lasting(self) -> int:

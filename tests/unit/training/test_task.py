@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from limner.config import TrainClipConfig, TrainConfig
 from limner.errors import ConfigError
+from limner.models import kernels
 from limner.models import vae as vaes
 from limner.training import optimizers, processes
 from limner.training.lanes import Lanes
@@ -68,6 +69,14 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole(images: int, micro: int) -
 def test_a_contrastive_loss_is_not_taken_in_parts() -> None:
     with pytest.raises(ConfigError, match="no mean over images; set chunk_size in place of micro_batch_size"):
         config(TrainClipConfig, Path("nowhere"), Path("r"), micro_batch_size=4)
+
+
+def test_a_network_on_a_cpu_is_placed_with_the_layers_that_learn_faster_there() -> None:
+    network = tiny_unet()
+    place(network, processes.join(None))
+    kinds = {type(layer) for layer in network.modules()}
+    assert {kernels.GroupNorm, kernels.Convolution} <= kinds
+    assert not {nn.GroupNorm, nn.Conv2d} & kinds
 
 
 # ---- recomputed activations

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ VERSION = 1  # of what is kept; higher when the same weights would be converted 
 PROMPT, STEP, OUTERMOST, DECODER = "prompt.xml", "step.xml", "outermost.xml", "decoder.xml"
 COMPILED = 4  # sizes of pictures that stay compiled
 EXAMPLE = 16  # sides and tokens of what networks are traced with
+ROOM = 16 * 2**30  # bytes of the cache, beyond which what was used least recently goes
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -39,6 +41,15 @@ def cache() -> Path:
     """Where converted networks are kept: in $LIMNER_CACHE, or else in `limner` among the user's caches."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LIMNER_CACHE") or Path(caches) / "limner") / "openvino"
+
+
+def make_room(folder: Path) -> None:
+    """Remove of the cache what was used least recently and has no room any more; what is in `folder` stays."""
+    left, others = ROOM, [other for other in folder.parent.iterdir() if other.is_dir() and other != folder]
+    for model in (folder, *sorted(others, key=lambda other: other.stat().st_mtime, reverse=True)):
+        left -= sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+        if left < 0 and model != folder:
+            shutil.rmtree(model, ignore_errors=True)
 
 
 class Step(nn.Module):
@@ -233,10 +244,13 @@ class OpenVinoDiffusion(LatentDiffusion):
     def _kept_in(self, name: str, fill: Callable[[Path], None]) -> Path:
         """The folder of that name in the cache, which `fill` fills where it is not there."""
         what = json.dumps([VERSION, self.openvino.__version__, self.identity(), self.unet.config, self.vae.config])
-        folder = cache() / hashlib.sha256(what.encode()).hexdigest()[:24] / name
+        model = cache() / hashlib.sha256(what.encode()).hexdigest()[:24]
+        folder = model / name
         if not folder.is_dir():
             with artifacts.atomic_folder(folder) as partial:
                 fill(partial)
+            make_room(model)
+        os.utime(model)
         return folder
 
     def _convert_unet(self, passes: int, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from commands import limner
 from limner.artifacts import PARTIAL
 from limner.errors import ConfigError, ModelError
-from limner.generation import provenance
+from limner.generation import openvino, provenance
 from limner.generation.model import Model
 from limner.models import export, loading
 from tiny import tiny_model, tiny_unet
@@ -110,6 +112,26 @@ def test_other_weights_are_converted_anew(tmp_path: Path, cache: Path) -> None:
         file.write_text("<net>")
     with pytest.raises(ModelError, match=r"is not what was written there; delete .*unet-2\.$"):
         load(folder)("A dog.", steps=2)
+
+
+@installed
+def test_what_was_used_least_recently_makes_room(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = [cache / "openvino" / name for name in ("long-ago", "lately")]
+    for days, model in zip((9, 1), used):
+        (model / "decoder").mkdir(parents=True)
+        (model / "decoder" / "decoder.bin").write_bytes(bytes(1000))
+        os.utime(model, (time.time() - days * 86400,) * 2)
+    load(folder)("A dog.", steps=1)
+    assert all(model.is_dir() for model in used), "there is room"
+    (own,) = set((cache / "openvino").iterdir()) - set(used)
+    monkeypatch.setattr(openvino, "ROOM", 1500 + sum(file.stat().st_size for file in own.rglob("*") if file.is_file()))
+    openvino.make_room(own)
+    assert set((cache / "openvino").iterdir()) == {own, used[1]}
+    monkeypatch.setattr(openvino, "ROOM", 0)
+    openvino.make_room(own)
+    assert set((cache / "openvino").iterdir()) == {own}
 
 
 @installed

@@ -48,7 +48,7 @@ BUILTIN_VAE = {
     "checkpoint_every": 4_000,
 }
 BUILTIN_TUNED_VAE = {
-    "images": 102_000,
+    "images": 66_000,
     "batch_size": 16,
     "lr": 6e-4,
     "perceptual_weight": 1.25,

@@ -59,7 +59,10 @@ def parts(model: str, base: str | None, run: str, count: int) -> list[Part]:
         ),
     ]
     if base is not None:
-        says = "The first column behind the photographs is a model with the base CLIP."
+        says = (
+            "The first column behind the photographs is a model with the base CLIP, under the same U-Net, which is "
+            "fitted to the tuned one."
+        )
         figures = [name for name in KINDS if name not in ("memory", "seconds")]
         told.insert(0, Part("clip", "Base CLIP against tuned", says, [base, model, *few], figures))
     return told

@@ -30,9 +30,9 @@ import numpy as np
 from record import keep
 
 import limner
+from limner import settings
 
-# As the command line sets it, so that the engine's threads wait alike
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.update(settings.WAITING)  # as the command line does, so that the engine's threads wait alike
 
 PROMPT = "A golden retriever playing in a field."
 STEPS = 4

@@ -182,8 +182,8 @@ def main() -> None:
     Exit code 0 done, 2 the user's mistake in one sentence, 130 interrupted, 1 ours, or of replay that pictures differ.
     """
     logging.captureWarnings(True)
-    # torch's waiting threads sleep in place of spinning: half the time beside other programs (docs/experiments.md)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not settings.WAITING.keys() & os.environ.keys():
+        os.environ.update(settings.WAITING)
     if sys.argv[1:3] == ["serve", "token"]:  # where people look for it; a model folder of that name is ./token
         del sys.argv[1]
     try:

@@ -27,6 +27,10 @@ from limner.errors import ConfigError
 
 MISSION = ("A golden retriever playing in a field.", "A toddler playing in a sandbox.")
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""How torch's threads wait for each other: they soon sleep in place of spinning, half the time beside other programs;
+but not at once, which costs a training a tenth (docs/experiments.md)."""
+
 BUILTIN_CLIP = {
     "images": 80_000,
     "batch_size": 256,

@@ -355,6 +355,14 @@ def test_a_wrong_command_line_ends_with_code_2_and_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
+def test_threads_wait_as_the_user_says_or_sleep_soon(chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {name: value for name, value in os.environ.items() if name not in settings.WAITING}
+    monkeypatch.setattr(os, "environ", {**others, **chosen})
+    assert main(["--help"], monkeypatch) == 0
+    assert {name: os.environ[name] for name in settings.WAITING if name in os.environ} == (chosen or settings.WAITING)
+
+
 @pytest.mark.parametrize("arguments", [[], ["train"]], ids=["limner", "limner train"])
 def test_a_command_that_needs_another_shows_its_help(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

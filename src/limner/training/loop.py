@@ -9,10 +9,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from limner.artifacts import Run, atomic_folder
 from limner.config import TrainConfig
@@ -66,7 +67,7 @@ def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
     need.warn(config, accelerator)
     there = memory.free(accelerator)
     optimizer = optimizers.new(task.network, config, task.rates)
-    lanes = Lanes.of(task.network, config, accelerator)
+    lanes = Lanes.of(_compiled(task.network, config), config, accelerator)
     batches = task.stream.batches(0, (TIMED_STEPS + 1) * config.batch_size, config.batch_size)
     started = time.perf_counter()
     for number, batch in enumerate(batches):
@@ -111,6 +112,10 @@ def _build(make: Callable[[C], Task], config: C) -> Task:
     return task
 
 
+def _compiled(network: nn.Module, config: TrainConfig) -> nn.Module:
+    return cast(nn.Module, torch.compile(network)) if config.compile else network
+
+
 def _nothing_to_do(run: Run, config: TrainConfig) -> str | None:
     """What there is to say of a finished run; None where there is something to train."""
     if not run.finished:
@@ -138,9 +143,7 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
         facts = checkpoints.load_newest(run.checkpoints, task.network, average, optimizer)
     network = accelerator.prepare(task.network)  # for which processes meet, so that none still reads what is tidied
     on_main(accelerator, checkpoints.tidy, run.checkpoints, config.keep_checkpoints, facts)
-    if config.compile:
-        network = torch.compile(network)
-    lanes = Lanes.of(network, config, accelerator)
+    lanes = Lanes.of(_compiled(network, config), config, accelerator)
     journal = Journal(run.folder, config, accelerator)
     batches = task.stream.batches(
         facts.images,

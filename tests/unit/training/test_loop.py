@@ -114,6 +114,14 @@ def test_compiled_it_learns_the_same(tmp_path: Path) -> None:
         assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_a_plan_times_what_would_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    for done in (False, True):
+        plan_training(Sure, settings(tmp_path / "r", compile=done))
+        assert len(compiled) == done
+
+
 # ---- the best of a training that gets worse
 
 

@@ -69,7 +69,7 @@ BUILTIN_UNET = {
     "sample_prompts": MISSION,
 }
 BUILTIN_TUNED_UNET = {
-    "images": 311_000,
+    "images": 567_000,
     "batch_size": 64,
     "validate_every": 16_000,
     "checkpoint_every": 10_000,

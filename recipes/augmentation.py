@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from limner.evaluation.alignment import Judged
+from limner.evaluation.alignment import REPORT, Judged
 from limner.evaluation.intervals import Difference, paired_difference
 from limner.evaluation.retrieval import KS, Ranks
 from limner.models import loading
 
-PRESET = "baseline"
+BASELINE = "baseline"
 VARIANTS = {
-    PRESET: [],
+    BASELINE: [],
     "no crops": ["--set", "min_scale=1"],
     "no flips": ["--set", "flips=false"],
     "no colour": ["--set", "colour=0"],
@@ -49,13 +49,13 @@ def main() -> None:
         command += ["--images", given.images, "--out", str(folder(given.out, name)), *VARIANTS[name], *settings]
         subprocess.run(command, check=True)
     dev = Judged.of(given.data, "val")
-    trained = [name for name in VARIANTS if (folder(given.out, name) / "retrieval.json").is_file()]
+    trained = [name for name in VARIANTS if (folder(given.out, name) / REPORT).is_file()]
     hits = {name: found(dev.ranks(loading.load_clip(str(folder(given.out, name))))) for name in trained}
     print("| dev, % | " + " | ".join(f"R@{k}" for k in KS) + " | all three |\n" + "| --- |" + " ---: |" * (len(KS) + 1))
     for name, own in hits.items():
         cells = [f"{value:.1f}" for value in own.mean(dim=0).tolist()]
-        if name != PRESET and PRESET in hits:
-            gaps = map(paired_difference, own.T, hits[PRESET].T)
+        if name != BASELINE and BASELINE in hits:
+            gaps = map(paired_difference, own.T, hits[BASELINE].T)
             cells = [f"{cell} ({told(gap)})" for cell, gap in zip(cells, gaps)]
         print(f"| {name} | " + " | ".join(cells) + " |")
 

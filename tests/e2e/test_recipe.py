@@ -30,6 +30,7 @@ def test_a_rehearsal_makes_a_model_with_its_card_and_ships_nothing_and_the_plan_
     for heading in ("## Data and licence", "## Trainings", "## Figures", "## Pictures", "## Memorisation"):
         assert heading in card
     assert sha256_folder(BUILTIN) == shipped
-    for part in ("teachers.py", "base_clip.py", "train clip", "train vae", "train unet", "encode", "assemble"):
+    recipes = ("teachers.py", "base_clip.py", "pseudo_captions.py")
+    for part in (*recipes, "train clip", "train vae", "train unet", "encode", "assemble"):
         assert f"{part} " in plan
     assert "\nIn all " in plan

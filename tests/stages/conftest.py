@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from limner.config import EncodeConfig, PrepareConfig, TrainClipConfig, TrainUnetConfig, TrainVaeConfig
+from limner.models import loading
+from limner.models.clip import HALF, Clip
 from limner.settings import resolve
 from limner.stages import encode, prepare, train_clip, train_unet, train_vae
 from photos import encoded, photo, put
+from tiny import tiny_clip, tiny_tokenizer
 from trainings import config, shapes
 
 
@@ -89,3 +93,15 @@ def bucketed(stages: Path, photographs: Path, clip: Path, vae: Path) -> Path:
 def unet(stages: Path, latents: Path) -> Path:
     """A run of `train unet`."""
     return train_unet.run(config(TrainUnetConfig, latents, stages / "unet"))
+
+
+@pytest.fixture(scope="session")
+def teacher(stages: Path) -> Path:
+    """A CLIP's folder, whose features are wider than those of its pupils."""
+    network = tiny_clip(seed=7)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(10 if weight.ndim == 2 else 1)  # so that features differ clearly
+    with loading.quiet():
+        Clip(network, tiny_tokenizer(stages / "words"), HALF).save(stages / "teacher")
+    return stages / "teacher"

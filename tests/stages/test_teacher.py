@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
@@ -20,26 +19,12 @@ from limner.data.dataset import read_split
 from limner.errors import ConfigError, DataError, ModelError, RunError, UserError
 from limner.evaluation.features import caption_features, picture_features
 from limner.models import loading
-from limner.models.clip import HALF, Clip
 from limner.stages import train_clip
 from limner.stages.train_clip import NO_PAIR, TrainClip
 from limner.training.losses import contrastive, missed
-from tiny import tiny_clip, tiny_tokenizer
 from trainings import config, weights
 
 SAYINGS = ["A red circle on a blue ground.", "Something else.", "", "  A green square.  "]
-
-
-@pytest.fixture(scope="module")
-def teacher(stages: Path) -> Path:
-    """A CLIP's folder, whose features are wider than those of its pupils."""
-    network = tiny_clip(seed=7)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.mul_(10 if weight.ndim == 2 else 1)  # so that features differ clearly
-    with loading.quiet():
-        Clip(network, tiny_tokenizer(stages / "words"), HALF).save(stages / "teacher")
-    return stages / "teacher"
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ BUILTIN_VAE = {
     "checkpoint_every": 4_000,
 }
 BUILTIN_TUNED_VAE = {
-    "images": 66_000,
+    "images": 82_000,
     "batch_size": 16,
     "lr": 6e-4,
     "perceptual_weight": 1.25,
@@ -69,7 +69,7 @@ BUILTIN_UNET = {
     "sample_prompts": MISSION,
 }
 BUILTIN_TUNED_UNET = {
-    "images": 567_000,
+    "images": 947_000,
     "batch_size": 64,
     "validate_every": 16_000,
     "checkpoint_every": 10_000,

@@ -41,8 +41,9 @@ def nearest(pictures: Tensor, texts: Tensor, count: int) -> tuple[Tensor, Tensor
 def rows(records: list[Record]) -> Iterator[str]:
     """Lines of metadata that find pictures where they are."""
     for record in records:
-        facts = {"file_name": str(record.path.resolve()), "captions": record.captions, "text": record.captions[0]}
-        yield json.dumps(facts, ensure_ascii=False) + "\n"
+        first = record.captions[0] if record.captions else ""
+        row = {"file_name": str(record.path.resolve()), "captions": record.captions, "text": first}
+        yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def main() -> None:

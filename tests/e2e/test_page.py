@@ -59,6 +59,8 @@ def opened(browser: Any, server: Server, size: str = "desk", **context: Any) -> 
         page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith(own) else None)
         page.goto(server.url)
         page.wait_for_selector("#draw")
+        if server.call("GET", "/v1/jobs?limit=1")[1].get("jobs"):
+            page.wait_for_selector("#easel .status")  # of the newest job, which would else be taken for the next one
         yield page
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "it can be scrolled sideways"
         assert not wrong

@@ -23,6 +23,7 @@ from limner.data.dataset import SPLITS, Record, read_split, read_training_split,
 from limner.evaluation.extractors import features_of, text_features_of
 from limner.evaluation.features import captions_of
 from limner.evaluation.yardstick import Yardstick
+from limner.training.teaching import captions_in
 
 BLOCK = 512  # photographs whose likeness to every caption is in memory at once
 
@@ -59,8 +60,7 @@ def main() -> None:
     given = parser.parse_args()
     own = read_training_split(given.data, captioned=True)
     extra = [record for record in read_training_split(given.extra, captioned=False) if not record.captions]
-    lines = given.captions.read_text(encoding="utf-8").splitlines()
-    captions = sorted({*captions_of(own)[0], *(line.strip() for line in lines if line.strip())})
+    captions = sorted({*captions_of(own)[0], *captions_in(given.captions)})
     teacher = Yardstick.find(given.teacher)
     cache = given.out.parent / "features"
     pictures = teacher.embed(features_of(teacher.extractor, [record.path for record in extra], cache=cache))

@@ -65,7 +65,7 @@ class Lessons:
             parents["extra"] = split_identity(config.extra, "train")
         sayings: list[str] = []
         if config.extra_captions is not None:
-            sayings = _lines(config.extra_captions)
+            sayings = captions_in(config.extra_captions)
             parents["extra_captions"] = sha256(config.extra_captions)
         paths, texts = [*own, *extra], [*captions, *sayings]
 
@@ -102,7 +102,7 @@ class Lessons:
         return self.paths[picture], self.captions[caption], lesson
 
 
-def _lines(file: Path) -> list[str]:
+def captions_in(file: Path) -> list[str]:
     """The captions of a text file, one a line. Raises DataError where it can't be read, or has none."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -39,8 +39,11 @@ def lanes(threads: int) -> int:
     return torch.get_num_threads() // threads
 
 
-def side_by_side(draw: Callable[[T, Callable[[], None]], R], todo: Sequence[T], threads: int) -> Iterator[R]:
-    """What `draw` makes of each, in their order, several at once by so many threads of torch's each.
+def side_by_side(
+    draw: Callable[[T, Callable[[], None]], R], todo: Sequence[T], threads: int, ahead: int = AHEAD
+) -> Iterator[R]:
+    """What `draw` makes of each, in their order, several at once by so many threads of torch's each, and `ahead` a lane
+    begun before the first of them is taken; with 1, one lane rests while its picture is looked at.
 
     `draw` is also given what to call now and then, which ends it where nobody goes on with the iterator, or another
     has failed. Raises what the first one to fail has raised.
@@ -70,7 +73,7 @@ def side_by_side(draw: Callable[[T, Callable[[], None]], R], todo: Sequence[T], 
     try:
         for one in todo:
             begun.append(pool.submit(attempt, one))
-            if len(begun) == AHEAD * lanes(threads):
+            if len(begun) == ahead * lanes(threads):
                 yield first()
         while begun:
             yield first()

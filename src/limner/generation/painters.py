@@ -158,8 +158,11 @@ class LatentDiffusion:
             with loading.quiet(), _enough_to_draw([job]):
                 return self._draw([job], step, on_preview and preview)[0]
 
+        # A network that is read in bf16 makes that torch's default for all threads meanwhile, also for the one that
+        # looks at the picture before; where memory is short, networks are read again and again
+        ahead = 1 if self.setup.low_memory else lanes.AHEAD
         for threads, alike in groupby(jobs, key=self.threads):
-            yield from lanes.side_by_side(draw, list(alike), threads)
+            yield from lanes.side_by_side(draw, list(alike), threads, ahead)
 
     def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, on_preview: OnPreview | None = None) -> list[Image]:
         """Pictures of jobs of one shape."""

@@ -123,3 +123,15 @@ def test_a_caller_that_stops_stops_all(folder: Path, four_threads: None) -> None
     with pytest.raises(KeyboardInterrupt):
         model("A dog.", n=50, steps=500, on_step=stop)
     assert len(steps) < 20
+
+
+def test_with_none_ahead_one_lane_rests_while_its_picture_is_looked_at(four_threads: None) -> None:
+    begun: list[int] = []
+
+    def draw(number: int, check: Check) -> int:
+        begun.append(number)
+        return number
+
+    for number in lanes.side_by_side(draw, range(4), 4, ahead=1):
+        time.sleep(0.02)
+        assert begun == list(range(number + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from limner import load
 from limner.errors import ConfigError
 from limner.generation import setup
+from limner.generation.jobs import Job
 from limner.generation.model import Model
+from limner.models import loading
 
 CPU = torch.device("cpu")
 
@@ -68,6 +71,27 @@ def test_little_memory_draws_the_same_with_one_network_at_a_time(folder: Path, p
     }
     assert held["vae"] == sum(t.untyped_storage().nbytes() for t in usual.painter.vae.parameters()), "the last one used"
     assert max(held["unet"], held["text_encoder"]) < 2000, "a few bytes for each of the others' weights"
+
+
+def test_little_memory_reads_no_network_while_a_picture_is_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what looks at it, as a ranker, would compute in the precision that is read (found in ten thousand calls)."""
+    lean = Model.load(str(folder), "cpu", precision="bf16", low_memory=True)
+    read, begun = loading.load_unet, []
+
+    def slowly(ref: str, dtype: Any) -> Any:
+        begun.append(dtype)
+        return read(ref, dtype)
+
+    def job(seed: int) -> Job:
+        return Job("A dog.", negative="", seed=seed, steps=1, guidance=3.0, width=16, height=16)
+
+    monkeypatch.setattr(loading, "load_unet", slowly)
+    for number, _ in enumerate(lean.draw([job(seed) for seed in range(3)])):
+        time.sleep(0.05)
+        assert len(begun) == number + 1
+        assert torch.get_default_dtype() == torch.float32
 
 
 def test_large_pictures_are_decoded_in_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

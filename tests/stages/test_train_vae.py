@@ -84,8 +84,32 @@ def test_no_more_pictures_are_judged_at_once_than_are_trained_on(data: Path, tmp
 
 def test_figures_are_of_reconstructions(vae: Path) -> None:
     figures = read_json(vae / "manifest.json")["validation"]
-    assert set(figures) == {"loss", "l1", "l2", "psnr"}
+    assert set(figures) == {"loss", "l1", "l2", "psnr", "weave"}
     assert figures["loss"] == pytest.approx(figures["l1"] + figures["l2"])
+
+
+def test_a_weave_is_what_repeats_from_latent_to_latent() -> None:
+    difference = torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for picture in difference.numpy():
+        for channel in picture:
+            places = np.array([[channel[row::4, column::4].mean() for column in range(4)] for row in range(4)])
+            total += ((places - places.mean()) ** 2).sum()
+    assert train_vae.weave(difference, 4).item() == pytest.approx(total / (2 * 3 * 4 * 4), rel=1e-5)
+    assert train_vae.weave(torch.full((1, 3, 8, 8), 0.5), 4) == 0, "a picture that is too bright has none"
+
+
+def test_a_weave_is_part_of_the_loss(vae: Path, data: Path, tmp_path: Path) -> None:
+    striped = torch.zeros(2, 3, SIDE, SIDE) + torch.tensor([0.5, -0.5]).repeat(SIDE // 2)
+    found = []
+    for weight in (0.0, 200.0):
+        settings = {"model": str(vae), "tune": "decoder", "weave_weight": weight}
+        task = train_vae.TrainVae(config(TrainVaeConfig, data, tmp_path / "r", **settings))
+        task.network = lambda pixels, *_: train_vae.Seen([(pixels + striped, pixels)], torch.zeros(2, 8, 8, 8), None)
+        loss, figures = task.loss(task.network, next(task.stream.batches(0, 2, 2)))
+        assert figures["weave"].item() == pytest.approx(0.25)
+        found.append(loss.item())
+    assert found[1] - found[0] == pytest.approx(200 * 0.25)
 
 
 def test_a_given_vae_keeps_its_scale(vae: Path, data: Path, tmp_path: Path) -> None:
@@ -218,7 +242,7 @@ def test_a_critic_is_trained_beside_and_is_no_part_of_the_result(vae: Path, data
     one, other = (loading.load_vae(str(folder)).state_dict() for folder in (run, plain))
     assert one.keys() == other.keys()
     assert any(not torch.equal(one[name], other[name]) for name in one)
-    assert set(read_json(run / "manifest.json")["validation"]) == {"loss", "l1", "l2", "psnr"}
+    assert set(read_json(run / "manifest.json")["validation"]) == {"loss", "l1", "l2", "psnr", "weave"}
 
 
 # ---- mistakes

@@ -40,13 +40,12 @@ class TrainConfig(StageConfig):
     """First find the batch size and the learning rate for this machine, or the one that is not given; the run's
     config.json keeps them."""
     optimizer: Literal["adamw", "muon", "schedule-free", "adamw-8bit"] = "adamw"
-    """AdamW for all; Muon for the matrices of the layers and AdamW for the rest, at the same `lr`; schedule-free AdamW,
-    which takes the place of `schedule` and `ema_halflife`; or AdamW with a state of 8 bits (CUDA and bitsandbytes)."""
+    """AdamW; Muon for layers' matrices and AdamW for the rest, at the same `lr`; schedule-free AdamW, in place of
+    `schedule` and `ema_halflife`; or AdamW with a state of 8 bits (CUDA and bitsandbytes)."""
     lr: Annotated[PositiveFloat, FLAG] = 1e-4
     """Peak learning rate of AdamW: it rises over `warmup` and then follows `schedule`."""
     schedule: Literal["cooldown", "cosine", "constant"] = "cooldown"
-    """After `warmup` the learning rate stays, and falls in a line over the last 30 % of the images; falls along half a
-    cosine; or stays to the end."""
+    """After `warmup` the rate stays, and falls in a line over the last 30 %; falls along half a cosine; or stays."""
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the peak learning rate that is left at the end, where `schedule` lets it fall."""
     warmup: int = Field(default=2_000, ge=0)
@@ -70,8 +69,7 @@ class TrainConfig(StageConfig):
     log_every: PositiveInt = 1_000
     """Images between two lines of the log."""
     trackers: tuple[Tracker, ...] = ("tensorboard",)
-    """Where figures go beside `events.jsonl`; each needs its own package, and is set up as that says (environment
-    variables, a login)."""
+    """Where figures go beside `events.jsonl`; each needs its package, set up as that says (variables, a login)."""
     validate_every: PositiveInt = 20_000
     """Images between validations, each with samples."""
     checkpoint_every: PositiveInt = 20_000
@@ -129,6 +127,8 @@ class TrainVaeConfig(TrainConfig):
     """Weight of the mean squared error beside the mean absolute error."""
     perceptual_weight: float = Field(default=0.1, ge=0)
     """Weight of the distance of EfficientNet-Lite0 features (needs its two packages); 0 turns it off."""
+    weave_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean square of a pattern that reconstructions repeat from latent to latent, which features like."""
     adversarial_weight: float = Field(default=0.0, ge=0)
     """Weight of what a patch discriminator, trained beside, says: to sharpen a VAE that is trained already."""
     equivariance: float = Field(default=0.0, ge=0, le=1)

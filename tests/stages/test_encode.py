@@ -104,7 +104,7 @@ def test_test_pictures_are_not_encoded(latents: Path) -> None:
 def test_the_manifest_says_what_it_was_made_from(latents: Path, data: Path, clip: Path, vae: Path) -> None:
     manifest = read_json(latents / "manifest.json")
     assert set(manifest["parents"]) == {"data/train", "data/val", "vae", "clip"}
-    assert manifest["parents"]["vae"] == loading.identity(str(vae), "vae")
+    assert manifest["parents"]["vae"] == vaes.encoder_identity(str(vae))
     assert manifest["parents"]["clip"] == loading.identity(str(clip), "clip")
     assert manifest["pictures"] == {split: len(read_split(data, split)) for split in ("train", "val")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -431,6 +432,19 @@ def test_a_stale_cache_is_refused_and_what_changed_is_named(
     if what in ("data", "val"):
         shutil.rmtree(tmp_path / "copy")
         TrainUnet(settings)  # which needs no pictures
+
+
+def test_another_decoder_leaves_a_cache_as_it_is(data: Path, clip: Path, vae: Path, tmp_path: Path) -> None:
+    """`train vae --tune decoder` is for a U-Net that knows the latents."""
+    shutil.copytree(vae / "model", tmp_path / "encoder")
+    paths = {"clip": str(clip), "vae": str(tmp_path / "encoder")}
+    cache = encode.run(config(EncodeConfig, data, tmp_path / "latents", **paths))
+    for part, stale in (("decoder.conv_out", False), ("encoder.conv_out", True)):
+        network = loading.load_vae(paths["vae"])
+        network.get_submodule(part).bias.data += 1
+        network.save_pretrained(tmp_path / "encoder" / "vae")
+        with pytest.raises(DataError, match="is stale, as the VAE") if stale else nullcontext():
+            TrainUnet(config(TrainUnetConfig, cache, tmp_path / "r"))
 
 
 def test_latents_made_anew_are_another_parent(latents: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from limner.errors import ConfigError
+from limner.models import loading
 
 NORM_GROUPS = 8
 TILE = 512  # pixels, of which Stable Diffusion's decoder needs 0.6 GB in bf16
+DECODING = ("decoder", "post_quant_conv")  # of which an AutoencoderTiny has the first, and so have others
 LOGVAR = (-30.0, 20.0)  # the range that Diffusers' DiagonalGaussianDistribution clamps to
 
 
@@ -62,10 +65,27 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
 def freeze_encoder(vae: Any) -> None:
     """Leave what makes latents as it is, and train what makes pixels of them alone."""
     vae.requires_grad_(False)
-    for name in ("decoder", "post_quant_conv"):
-        part = getattr(vae, name, None)  # an AutoencoderTiny has one of them, and so have others
-        if part is not None:
+    for name in DECODING:
+        if (part := getattr(vae, name, None)) is not None:
             part.requires_grad_(True)
+
+
+def encoder_identity(ref: str) -> str:
+    """The sha256 of the weights of a VAE that make latents, for a manifest; another decoder makes no others.
+
+    Raises ModelError.
+    """
+    from safetensors import safe_open
+
+    folder, digest = loading.component(ref, "vae"), hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with loading.reading("VAE", folder), safe_open(file, framework="pt") as opened:
+            for name in sorted(opened.keys()):
+                if name.split(".")[0] not in DECODING:
+                    weight = opened.get_tensor(name)
+                    digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+                    digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def sample(moments: Tensor, noise: Tensor) -> Tensor:

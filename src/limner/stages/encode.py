@@ -80,7 +80,7 @@ def run(config: EncodeConfig) -> Path:
     splits = _splits(config)
     encoders = _load(config)
     parents = dataset_parents(config.data)
-    parents |= {"vae": loading.identity(config.vae, "vae"), "clip": loading.text_identity(config.clip)}
+    parents |= {"vae": vaes.encoder_identity(config.vae), "clip": loading.text_identity(config.clip)}
     if (adapter := adapters.find(config.clip)) is not None:
         parents["adapter"] = identity(adapter)
     parents |= {"features": loading.identity(config.features, "clip")} if config.features else {}

@@ -64,7 +64,7 @@ class Encoded:
         """Raise DataError where what the cache was made from has changed since; the dataset may be gone."""
         settings, parents = self.settings, read_json(self.folder / "manifest.json")["parents"]
         data = dataset_parents(settings.data) if (settings.data / "dataset.json").is_file() else parents
-        encoders = {"vae": loading.identity(settings.vae, "vae"), "clip": loading.text_identity(settings.clip)}
+        encoders = {"vae": vaes.encoder_identity(settings.vae), "clip": loading.text_identity(settings.clip)}
         encoders |= {"features": loading.identity(settings.features, "clip")} if settings.features else {}
         now = {**data, **encoders}
         if changed := sorted(role for role in {**parents, **now} if parents.get(role) != now.get(role)):
@@ -94,7 +94,7 @@ class Encoded:
                 )
 
     def refuse_other_vae(self, model: str) -> None:
-        """Raise ModelError where `model` has another VAE than the cache is of, whatever precision it is stored in.
+        """Raise ModelError where the VAE of `model` makes other latents than the cache has, but for its precision.
 
         Or where it is a run that was trained on latents of another. For trainings after which the model goes on drawing
         latents for its own.
@@ -109,7 +109,7 @@ class Encoded:
                     "another; encode with that one."
                 )
             return
-        if not _alike(*(loading.load_vae(ref) for ref in (self.settings.vae, model))):
+        if not _alike(loading.load_vae(self.settings.vae), loading.load_vae(model), but=vaes.DECODING):
             raise ModelError(
                 f"{self.folder} has latents of the VAE {self.settings.vae}, and {model} has another; encode with "
                 f"--vae {model}."
@@ -206,9 +206,12 @@ class Encoded:
         save_grid(self.decoded(latents), path, columns=4)
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two networks have the same weights, but for what storing them in bf16 changes."""
-    ours, its = one.state_dict(), other.state_dict()
+def _alike(one: Any, other: Any, but: Sequence[str] = ()) -> bool:
+    """Whether two networks have the same weights outside these parts, but for what storing them in bf16 changes."""
+    ours, its = (
+        {name: weight for name, weight in network.state_dict().items() if name.split(".")[0] not in but}
+        for network in (one, other)
+    )
     return ours.keys() == its.keys() and all(
         ours[name].shape == its[name].shape and torch.allclose(ours[name], its[name], rtol=BF16, atol=1e-6)
         for name in ours

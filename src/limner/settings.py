@@ -52,10 +52,11 @@ BUILTIN_VAE = {
     "checkpoint_every": 4_000,
 }
 BUILTIN_TUNED_VAE = {
-    "images": 82_000,
+    "images": 90_000,
     "batch_size": 16,
     "lr": 6e-4,
     "perceptual_weight": 1.25,
+    "weave_weight": 300,
     "warmup": 320,
     "ema_halflife": 1_000,
     "validate_every": 3_008,

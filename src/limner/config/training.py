@@ -128,7 +128,7 @@ class TrainVaeConfig(TrainConfig):
     perceptual_weight: float = Field(default=0.1, ge=0)
     """Weight of the distance of EfficientNet-Lite0 features (needs its two packages); 0 turns it off."""
     weave_weight: float = Field(default=0.0, ge=0)
-    """Weight of the mean square of a pattern that reconstructions repeat from latent to latent, which features like."""
+    """Weight of a pattern that reconstructions repeat from latent to latent, as a perceptual distance makes them."""
     adversarial_weight: float = Field(default=0.0, ge=0)
     """Weight of what a patch discriminator, trained beside, says: to sharpen a VAE that is trained already."""
     equivariance: float = Field(default=0.0, ge=0, le=1)

@@ -89,7 +89,7 @@ def weave(difference: Tensor, factor: int) -> Tensor:
 
 
 class TrainVae:
-    """The task: L1, L2 and perceptual distance of the reconstruction, a critic's doubt, divergence of the moments."""
+    """The task: L1, L2, weave and perceptual distance of reconstructions, a critic's doubt, the moments' divergence."""
 
     def __init__(self, config: TrainVaeConfig) -> None:
         """Raises DataError, ModelError or ConfigError."""
@@ -156,8 +156,8 @@ class TrainVae:
 
     def _distances(self, again: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         difference = again - pixels
-        figures = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
-        figures["weave"] = weave(difference, self.factor)
+        l1, l2 = difference.abs().mean(), difference.square().mean()
+        figures = {"l1": l1, "l2": l2, "weave": weave(difference, self.factor)}
         if self.perceptual is not None:
             figures["perceptual"] = self.perceptual.to(pixels.device)(again, pixels)
         return figures
@@ -169,7 +169,7 @@ class TrainVae:
         return exact + config.perceptual_weight * perceptual
 
     def validate(self, samples: Path) -> dict[str, float]:
-        """L1, PSNR in dB and perceptual distance on val pictures; draws some above their reconstructions."""
+        """L1, PSNR in dB, weave and perceptual distance on val pictures; draws some above their reconstructions."""
         device = next(self.network.parameters()).device
         sums: dict[str, float] = {}
         shown: list[Tensor] = []

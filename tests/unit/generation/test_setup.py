@@ -80,14 +80,14 @@ def test_little_memory_reads_no_network_while_a_picture_is_looked_at(
     lean = Model.load(str(folder), "cpu", precision="bf16", low_memory=True)
     read, begun = loading.load_unet, []
 
-    def slowly(ref: str, dtype: Any) -> Any:
+    def counted(ref: str, dtype: Any) -> Any:
         begun.append(dtype)
         return read(ref, dtype)
 
     def job(seed: int) -> Job:
         return Job("A dog.", negative="", seed=seed, steps=1, guidance=3.0, width=16, height=16)
 
-    monkeypatch.setattr(loading, "load_unet", slowly)
+    monkeypatch.setattr(loading, "load_unet", counted)
     for number, _ in enumerate(lean.draw([job(seed) for seed in range(3)])):
         time.sleep(0.05)
         assert len(begun) == number + 1

@@ -37,8 +37,7 @@ class TrainConfig(StageConfig):
     checkpointing: bool = False
     """Keep few activations and compute the others again for the gradient: less memory, about a third more time."""
     auto: Annotated[bool, FLAG] = False
-    """First find the batch size and the learning rate for this machine, or the one that is not given; the run's
-    config.json keeps them."""
+    """First find batch size and learning rate, or the one not given, for this machine; config.json keeps them."""
     optimizer: Literal["adamw", "muon", "schedule-free", "adamw-8bit"] = "adamw"
     """AdamW; Muon for layers' matrices and AdamW for the rest, at the same `lr`; schedule-free AdamW, in place of
     `schedule` and `ema_halflife`; or AdamW with a state of 8 bits (CUDA and bitsandbytes)."""
@@ -198,10 +197,9 @@ class TrainClipConfig(TrainConfig):
     teacher_weight: PositiveFloat = 1.0
     """Weight of what is missed of the teacher's features."""
     extra: Path | None = None
-    """Dataset folder of further train pictures, whose captions are not looked at: half of the examples show one, of
-    which the teacher alone speaks."""
+    """Dataset folder of further train pictures, which half of the examples show, without captions, for the teacher."""
     extra_captions: Path | None = None
-    """Text file of further captions, one a line, of which the teacher alone speaks in those examples."""
+    """Text file of further captions, one a line, of which those examples read one, for the teacher alike."""
     result: Literal["last", "best"] = "best"
     """Which weights become the result: the last, or those of the best validation."""
     labelled: Path | None = None
@@ -279,6 +277,8 @@ class TrainUnetConfig(TrainConfig):
     cache must hold `features`. Go on without it (`model`) where it no longer helps."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of the images that are trained without their caption, which guidance needs."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the activations that is left out at random in each residual and attention block, against overfitting."""
     ema_halflife: float = Field(default=10_000, ge=0)
     """Half-life, in images, of the weight average that is saved as the result; 0 saves the last weights."""
     channels: tuple[PositiveInt, ...] = (96, 192, 256)

@@ -50,6 +50,13 @@ def attend_plainly(unet: Any) -> None:
                 block.set_processor(AttnProcessor())
 
 
+def drop_out(network: nn.Module, share: float) -> None:
+    """Leave out this share of what the dropout layers of a network let through, as long as it trains."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = share
+
+
 def freeze_others(network: nn.Module, tune: str) -> None:
     """Leave only what `tune` means to be trained. Raises ModelError as `tuned_layers` does."""
     if tune != "full":  # which is more than layers: norms too

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -264,7 +266,8 @@ def _cut(
             shown = cut(picture, box, size)
             yield from (shown, shown.flip(-1)) if config.flips else (shown,)
 
-    return torch.stack([torch.stack(list(views(index))) for index in indices])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter
+        return torch.stack(list(pool.map(lambda index: torch.stack(list(views(index))), indices)))
 
 
 def _encode_captions(config: EncodeConfig, encoders: Encoders, captions: Sequence[str], path: Path, what: str) -> None:

@@ -74,6 +74,7 @@ class TrainUnet:
                 lora.add(self.unet, config)
             else:
                 layers.freeze_others(self.unet, config.tune)
+        layers.drop_out(self.unet, config.dropout)
         if config.precision == "bf16" and not torch.cuda.is_available():
             layers.attend_plainly(self.unet)
         self.network: nn.Module = self.unet

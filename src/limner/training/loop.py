@@ -94,6 +94,7 @@ def _begin(make: Callable[[C], Task], config: C) -> tuple[Task, C, Accelerator]:
     """The task, the configuration with numbers in place of `auto`, and the processes; nothing is written."""
     refuse_unavailable(config.trackers)
     memory.keep_freed()
+    torch.backends.cudnn.benchmark = True  # of shapes that stay, the quickest kernels are worth looking for
     accelerator = processes.join(config.out)
     optimizers.refuse_missing(config.optimizer, accelerator.device)
     build = partial(_build, make)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -78,4 +79,10 @@ class Stream(Dataset[Example]):
         shares = (list(range(start + rank, start + batch_size, world)) for start in starts)
         # Forked workers share the examples' memory, and end when their parent is killed.
         context = "fork" if workers and sys.platform == "linux" else None
-        yield from DataLoader(self, batch_sampler=shares, num_workers=workers, multiprocessing_context=context)
+        yield from DataLoader(
+            self,
+            batch_sampler=shares,
+            num_workers=workers,
+            multiprocessing_context=context,
+            pin_memory=torch.cuda.is_available(),  # from where a GPU takes them while it computes
+        )

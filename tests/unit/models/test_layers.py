@@ -48,3 +48,17 @@ def test_large_unets_keep_the_kernel_that_needs_little_memory(size: int | tuple[
     before = network.attn_processors
     layers.attend_plainly(network)
     assert network.attn_processors == before
+
+
+def test_what_is_dropped_differs_in_training_and_nothing_is_dropped_afterwards() -> None:
+    given = torch.randn(2, 4, 8, 8), 7, torch.randn(2, 5, WIDTH)
+    network = tiny_unet()
+    with torch.no_grad():
+        whole = network.eval()(*given).sample
+        layers.drop_out(network, 0.3)
+        one, other = (network.train()(*given).sample for _ in range(2))
+        assert not torch.allclose(one, other)
+        assert torch.equal(network.eval()(*given).sample, whole)
+        layers.drop_out(network, 0.0)
+        torch.testing.assert_close(network.train()(*given).sample, whole)
+    assert network.config["dropout"] == 0.0  # what is saved is as it was

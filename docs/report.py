@@ -1,11 +1,11 @@
 """Write docs/report: what the built-in model reaches, against its base CLIP, over steps and over its training.
 
-python docs/report.py --data data/flickr8k --judge runs/judge --out runs/report --run RUN [--base MODEL] [-n 200]
+python docs/report.py --data data/flickr8k --judge runs/judge --out runs/report [--run RUN] [--base MODEL] [-n 200]
     [--engine openvino]
 
 RUN is the training of the U-Net, with the checkpoints that it kept, MODEL a model with the CLIP as it was before it was
-tuned; without one that section is left out. Each section is one call of `limner evaluate`, whose whole report is in
-OUT; what was drawn is kept, so the same command goes on where it was stopped.
+tuned; without one of them its section is left out. Each section is one call of `limner evaluate`, whose whole report is
+in OUT; what was drawn is kept, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -43,21 +43,15 @@ class Part:
     figures: Sequence[str]
 
 
-def parts(model: str, base: str | None, run: str, count: int) -> list[Part]:
+def parts(model: str, base: str | None, run: str | None, count: int) -> list[Part]:
     """What is told, in its order."""
     few = ["-n", str(count)]
     quick = [*few, "--set", "copies=false", "--set", "attribute_seeds=0"]
     curve = ["r_precision", "clip_score", "frechet", "cmmd", "recall"]
-    told = [
-        Part("steps", "Steps against quality", "", [model, *_each("--steps", STEPS), *quick], [*curve, "seconds"]),
-        Part(
-            "training",
-            "Checkpoints over training",
-            f"The weight average of each checkpoint that a training of the U-Net kept, {run}.",
-            [run, "--checkpoints", *LOOK, *quick],
-            curve,
-        ),
-    ]
+    told = [Part("steps", "Steps against quality", "", [model, *_each("--steps", STEPS), *quick], [*curve, "seconds"])]
+    if run is not None:
+        says = f"The weight average of each checkpoint that a training of the U-Net kept, {run}."
+        told.append(Part("training", "Checkpoints over training", says, [run, "--checkpoints", *LOOK, *quick], curve))
     if base is not None:
         says = (
             "The first column behind the photographs is a model with the base CLIP, under the same U-Net, which is "
@@ -148,7 +142,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, required=True, help="folder of recipes/judge.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and whole reports")
     parser.add_argument("--base", help="a model with the CLIP before tuning")
-    parser.add_argument("--run", required=True, help="a run of limner train unet")
+    parser.add_argument("--run", help="a run of limner train unet, whose checkpoints are judged")
     parser.add_argument("--model", default="builtin", help="the model that is told of")
     parser.add_argument("-n", type=int, default=200, help="captions that are drawn")
     parser.add_argument("--engine", default="torch", help="what draws, torch or openvino")

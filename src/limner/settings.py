@@ -45,14 +45,33 @@ BUILTIN_CLIP = {
     "checkpoint_every": 8_000,
 }
 BUILTIN_VAE = {
+    "channels": (32, 64, 128, 144),
     "latent_channels": 8,
-    "images": 36_000,
-    "batch_size": 16,
-    "validate_every": 4_000,
-    "checkpoint_every": 4_000,
+    "images": 400_000,
+    "batch_size": 128,
+    "perceptual_weight": 1.25,
+    "weave_weight": 300,
+    "precision": "bf16",
+    "warmup": 8_000,
+    "ema_halflife": 8_000,
+    "validate_every": 64_000,
+    "checkpoint_every": 12_800,
+}
+BUILTIN_UNET = {
+    "images": 3_192_000,
+    "batch_size": 1024,
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+    "dropout": 0.1,
+    "precision": "bf16",
+    "warmup": 200_000,
+    "ema_halflife": 100_000,
+    "validate_every": 500_000,
+    "checkpoint_every": 250_000,
+    "sample_prompts": MISSION,
 }
 BUILTIN_TUNED_VAE = {
-    "images": 90_000,
+    "images": 32_000,
     "batch_size": 16,
     "lr": 6e-4,
     "perceptual_weight": 1.25,
@@ -62,15 +81,8 @@ BUILTIN_TUNED_VAE = {
     "validate_every": 3_008,
     "checkpoint_every": 3_008,
 }
-BUILTIN_UNET = {
-    "images": 134_000,
-    "batch_size": 64,
-    "validate_every": 32_000,
-    "checkpoint_every": 10_000,
-    "sample_prompts": MISSION,
-}
 BUILTIN_TUNED_UNET = {
-    "images": 947_000,
+    "images": 300_000,
     "batch_size": 64,
     "validate_every": 16_000,
     "checkpoint_every": 10_000,
@@ -78,7 +90,8 @@ BUILTIN_TUNED_UNET = {
 }
 
 PRESETS: dict[type[StageConfig], dict[str, dict[str, Any]]] = {
-    # What recipes/builtin uses, cut for two CPU cores; docs/experiments.md has what each reached.
+    # What recipes/builtin uses, cut for one GPU; docs/experiments.md has what each reached. With builtin-tuned VAE and
+    # U-Net go on from there on two CPU cores.
     # On the base of recipes/base_clip.py, test text to image R@1/5/10: 3.5/12.7/19.7 % before, 13.8/34.4/47.4 after
     TrainClipConfig: {"builtin": BUILTIN_CLIP},
     TrainVaeConfig: {"builtin": BUILTIN_VAE, "builtin-tuned": BUILTIN_TUNED_VAE},

@@ -1,4 +1,4 @@
-"""recipes/builtin at a hundredth of its length, on the real Flickr8k: some minutes, so only where it is asked for."""
+"""recipes/builtin at a thousandth of its length, on the real Flickr8k: some minutes, so only where it is asked for."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ class TrainClipConfig(TrainConfig):
     extra: Path | None = None
     """Dataset folder of further train pictures, which half of the examples show, without captions, for the teacher."""
     extra_captions: Path | None = None
-    """Text file of further captions, one a line, of which those examples read one, for the teacher alike."""
+    """Text file of further captions, one a line, of which those examples show the teacher one."""
     result: Literal["last", "best"] = "best"
     """Which weights become the result: the last, or those of the best validation."""
     labelled: Path | None = None

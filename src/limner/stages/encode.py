@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from limner.models import vae as vaes
 from limner.models.clip import Clip
 from limner.models.gate import TextFacts
 from limner.progress import progress
+from limner.threads import pool_of
 
 TIMED = 8  # pictures by which the plan tells the time
 
@@ -266,8 +266,8 @@ def _cut(
             shown = cut(picture, box, size)
             yield from (shown, shown.flip(-1)) if config.flips else (shown,)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter
-        return torch.stack(list(pool.map(lambda index: torch.stack(list(views(index))), indices)))
+    pool = pool_of(os.cpu_count() or 1, 1)  # Pillow lets go of the interpreter
+    return torch.stack(list(pool.map(lambda index: torch.stack(list(views(index))), indices)))
 
 
 def _encode_captions(config: EncodeConfig, encoders: Encoders, captions: Sequence[str], path: Path, what: str) -> None:

@@ -24,7 +24,7 @@ from limner.generation.engine import OnStep, draw, encode_weighted, to_images
 from limner.generation.jobs import GUIDANCE, STABLE_DIFFUSION, STEPS, Job, Spec
 from limner.generation.preview import Preview
 from limner.generation.setup import OneAtATime, Setup
-from limner.models import hub, loading, staged
+from limner.models import bare, hub, loading, staged
 from limner.models import vae as vaes
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class LatentDiffusion:
         # What transformers leave to convolutions lies channels last; other weights would be turned at each of them
         network = network.to(self.device, memory_format=torch.channels_last)
         self.alter(name, network, self.tokenizer)
+        bare.lay_bare(network)
         return network
 
     def settle(self, job: Job) -> Job:

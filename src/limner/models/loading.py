@@ -179,10 +179,8 @@ def quiet() -> Iterator[None]:
 
     logs = (diffusers_logging, transformers_logging)
     with _quieting:
-        _loud.append(_loud[0] if _loud else [log.get_verbosity() for log in logs])
-        for log in logs:
-            log.set_verbosity(logging.CRITICAL)
-            log.disable_progress_bar()
+        # Once for all: each time a logger's level is set, Python forgets what every other one lets through
+        _loud.append(_loud[0] if _loud else _silence(logs))
     try:
         yield
     finally:
@@ -192,6 +190,15 @@ def quiet() -> Iterator[None]:
                 for log, level in zip(logs, levels):
                     log.set_verbosity(level)
                     log.enable_progress_bar()
+
+
+def _silence(logs: tuple[Any, Any]) -> list[int]:
+    """-> their verbosity until now."""
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity(logging.CRITICAL)
+        log.disable_progress_bar()
+    return levels
 
 
 @contextmanager

@@ -224,7 +224,7 @@ class _Layers:
         for inner in block.transformer_blocks:
             hidden = self._attended(inner, hidden)
         hidden = block.proj_out(hidden) if linear else hidden
-        hidden = hidden.transpose(1, 2).reshape(len(hidden), -1, height, width)  # (N, C, h, w)
+        hidden = hidden.transpose(1, 2).reshape(hidden.shape[0], -1, height, width)  # (N, C, h, w)
         hidden = hidden if linear else block.proj_out(hidden)
         return hidden + _as_many(given, hidden)
 
@@ -254,5 +254,5 @@ def _joined(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Te
 
 def _as_many(tensor: Tensor, like: Tensor) -> Tensor:
     """The rows of a tensor as often, one behind the other, as makes them as many as those of another."""
-    times = len(like) // len(tensor)
+    times = like.shape[0] // tensor.shape[0]  # as len() takes longer
     return tensor if times == 1 else torch.cat([tensor] * times)

@@ -42,9 +42,13 @@ def client_of(request: Request) -> Client:
     return client
 
 
+async def _client(request: Request) -> Client:  # async, or else FastAPI asks a thread for it
+    return client_of(request)
+
+
 # Names the scheme in the OpenAPI document; `Gate` does the work, also for what is mounted beside the routes
 BEARER = Depends(HTTPBearer(auto_error=False, description="A token of `limner token add`, if the server wants one."))
-From = Annotated[Client, Depends(client_of)]
+From = Annotated[Client, Depends(_client)]
 
 
 def is_this_machine(host: str) -> bool:

@@ -28,7 +28,8 @@ from limner.serving.store import QueueFull
 from limner.serving.tables import OPEN
 
 PACE = 0.15  # seconds between two looks of a job that is being drawn
-IDLE = 0.05  # seconds between two looks for clicks
+IDLE = 0.1  # seconds between two looks for clicks
+NEVER = 3600.0  # seconds between two looks for progress as Gradio tells it, which nothing here does
 EARLIER = 40  # jobs whose pictures the gallery shows, and how many more "Show older" brings
 ESCAPE = """() => document.addEventListener('keydown', event => {
     const closes = event.target.matches('[role=listbox]') || document.querySelector('#gallery .preview')
@@ -42,7 +43,7 @@ def application(service: Service, path: str) -> FastAPI:
     app = FastAPI(openapi_url=None)
     blocks = Page(service).blocks
     # Gradio looks a thousand times a second whether somebody clicked, which costs a fifth of the rate of drawing
-    blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = IDLE
+    blocks._queue.sleep_when_free, blocks._queue.progress_update_sleep_when_free = IDLE, NEVER
     gr.mount_gradio_app(
         app,
         blocks,

@@ -236,13 +236,11 @@ class Service:
                     return ended
 
     def _ended(self, id_: str) -> tuple[JobView, list[Path]] | None:
-        row = self.store.get(id_)
-        assert row is not None
+        row, images = self.store.with_images(id_)
         if row.state in OPEN:
             if self.draining and row.state == "queued":
                 raise Draining(id_)
             return None
-        images = self.store.images([id_])
         files = [self.config.out / image.file for image in images]
         return self._view(row, images, None), [file for file in files if file.is_file()]
 
@@ -283,7 +281,7 @@ class Service:
         )
 
 
-def _of(request: Request) -> Service:
+async def _of(request: Request) -> Service:  # async, or else FastAPI asks a thread for it
     service = request.app.state.service
     assert isinstance(service, Service)
     return service

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import case, delete, func, select, text, update
+from sqlalchemy import bindparam, case, delete, func, select, text, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -30,6 +30,18 @@ from limner.serving.tables import OPEN, ImageRow, JobRow, State, TokenRow
 
 ID = re.compile("[0-9a-f]{32}")
 BEST_FIRST = (ImageRow.score.desc(), ImageRow.number)
+
+# What every picture needs is written once: that takes SQLAlchemy as long as asking does
+UNFINISHED = select(func.count()).where(JobRow.state.in_(OPEN))
+NEXT = select(JobRow).where(JobRow.state == "queued").order_by(JobRow.number).with_for_update(skip_locked=True).limit(1)
+HELD = (
+    select(JobRow)
+    .where(JobRow.id == bindparam("job"), JobRow.worker == bindparam("worker"), JobRow.state == "running")
+    .with_for_update()
+)
+JOB = select(JobRow).where(JobRow.id == bindparam("job"))
+NUMBERS = select(ImageRow.number).where(ImageRow.job == bindparam("job"))
+IMAGES = select(ImageRow).where(ImageRow.job == bindparam("job")).order_by(*BEST_FIRST)
 
 
 class QueueFull(Exception):
@@ -175,6 +187,11 @@ class Store:
             wanted = select(ImageRow).where(ImageRow.job.in_(jobs)).order_by(ImageRow.job, *BEST_FIRST)
             return session.scalars(wanted).all()
 
+    def with_images(self, id_: str) -> tuple[JobRow, Sequence[ImageRow]]:
+        """A job that is there, and its pictures, the best first or else in the order of their numbers."""
+        with self.session(write=False) as session:
+            return session.scalars(JOB, {"job": id_}).one(), session.scalars(IMAGES, {"job": id_}).all()
+
     def image(self, id_: str, owner: str | None = None) -> ImageRow | None:
         """A picture, if its job is the owner's."""
         if not ID.fullmatch(id_):
@@ -209,16 +226,12 @@ class Store:
         seconds."""
         now = time.time()
         with self.session(write=True, durable=False) as session:
-
-            def next_of(*where: Any, limit: int) -> Sequence[JobRow]:
-                wanted = select(JobRow).where(JobRow.state == "queued", *where).order_by(JobRow.number).limit(limit)
-                return session.scalars(wanted.with_for_update(skip_locked=True)).all()
-
-            jobs = list(next_of(limit=1))
+            jobs = list(session.scalars(NEXT))
             first = jobs[0] if jobs else None
             room = pictures - first.pictures if first else 0
             if first and room > 0:
-                for job in next_of(JobRow.shape == first.shape, JobRow.number != first.number, limit=room):
+                alike = NEXT.where(JobRow.shape == first.shape, JobRow.number != first.number).limit(room)
+                for job in session.scalars(alike):
                     if job.pictures <= room:
                         jobs.append(job)
                         room -= job.pictures
@@ -243,11 +256,10 @@ class Store:
         """Add a picture to a job that the worker holds, which ends when all are there, and then has its `best` ones
         only; None where the worker doesn't hold the job, or the picture is there already."""
         with self.session(write=True) as session:
-            wanted = select(JobRow).where(JobRow.id == image.job, *_held(worker)).with_for_update()
-            job = session.scalar(wanted)
+            job = session.scalar(HELD, {"job": image.job, "worker": worker})
             if job is None:
                 return None
-            there = set(session.scalars(select(ImageRow.number).where(ImageRow.job == job.id)))
+            there = set(session.scalars(NUMBERS, {"job": job.id}))
             if image.number in there:
                 return None
             session.add(image)
@@ -331,7 +343,7 @@ def _check(session: Session, owner: str, now: float, *, queue: int, rate: int, o
         oldest = session.scalar(recent.order_by(JobRow.created.desc()).offset(rate - 1).limit(1))
         if oldest is not None:
             raise QueueFull(f"This token began {rate} jobs within a minute.", oldest + 60 - now, own=True)
-    if session.scalar(select(func.count()).where(JobRow.state.in_(OPEN))) >= queue:  # type: ignore[operator]
+    if session.scalar(UNFINISHED) >= queue:  # type: ignore[operator]
         raise QueueFull(f"{queue} jobs wait already; come back later.", 30, own=False)
 
 

@@ -17,6 +17,7 @@ from limner.generation.jobs import count_parameters
 log = logging.getLogger("limner.serve")
 
 BACKLOG = 2048  # connections that wait to be taken, as Uvicorn has it
+TURN = 2e-4  # seconds that a thread may keep others from Python: what draws needs it for moments, thousands a picture
 
 
 def run(config: ServeConfig) -> None:
@@ -45,6 +46,7 @@ def run(config: ServeConfig) -> None:
                 super().handle_exit(sig, frame)
 
     listening = _listen(config.host, config.port)
+    sys.setswitchinterval(TURN)
     begin()
     service = Service(config)
     with closing(service.store):

@@ -26,6 +26,7 @@ from limner.generation.engine import paint
 from limner.generation.jobs import read_loras, read_spec
 from limner.generation.model import Model
 from limner.models import lora
+from limner.models.bare import lay_bare
 from tiny import WIDTH, tiny_text_encoder, tiny_unet
 from trainings import config
 
@@ -178,6 +179,7 @@ def test_what_draws_is_as_plain_as_before(folder: Path, tmp_path: Path) -> None:
         (loaded.painter.unet, tiny_unet()),  # type: ignore[attr-defined]
         (loaded.painter.text_encoder, tiny_text_encoder()),  # type: ignore[attr-defined]
     ):
+        lay_bare(plain)
         kinds: list[list[type[nn.Module]]] = [[type(m) for m in n.modules()] for n in (network, plain)]
         assert kinds[0] == kinds[1]
         assert not hasattr(network, "peft_config")

@@ -71,7 +71,8 @@ def either(clip: Clip, siglip: Clip) -> dict[str, Clip]:
 
 def letters(text: str) -> str:
     """What a caption says, apart from case and white space, which CLIP's tokenizer is to lose."""
-    return "".join(unicodedata.normalize("NFC", text).lower().split())
+    lower = unicodedata.normalize("NFC", text).lower()  # after which marks may stand in another order
+    return "".join(unicodedata.normalize("NFC", lower).split())
 
 
 # Cn: letters of a newer Unicode than Python's, which it can't put into lower case, as the tokenizer can

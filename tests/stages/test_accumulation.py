@@ -25,7 +25,7 @@ def train(latents: Path, out: Path, **given: Any) -> Path:
     Groups of two or three channels are normalised: before one of a channel a bias has no gradient but for rounding,
     which AdamW would make steps of full length of.
     """
-    given = {"channels": (16, 24), "lr": None, **given}
+    given = {"channels": (16, 24), "lr": None, "dropout": 0.2, **given}
     seldom = {"images": 160, "validate_every": 160, "checkpoint_every": 160, "ema_halflife": 0}
     return train_unet.run(config(TrainUnetConfig, latents, out, **seldom, **given))
 

@@ -92,12 +92,12 @@ def test_a_noise_offset_changes_the_noise_alone_and_is_the_examples_own(latents:
 def test_activations_are_dropped_in_training_and_not_where_it_is_judged(latents: Path, tmp_path: Path) -> None:
     task, _ = examples(latents, tmp_path, 0, dropout=0.5)
     (batch,) = task.stream.batches(0, 4, 4)
-    with torch.no_grad():
-        one, other = (task.loss(task.network.train(), batch)[0] for _ in range(2))
-        task.network.eval()
-        again, same = (task.loss(task.network, batch)[0] for _ in range(2))
-    assert one != other
-    assert again == same
+    others = {**batch, "dropped": batch["dropped"].flip(0)}
+    one, again, other = (task.loss(task.network.train(), given)[0] for given in (batch, batch, others))
+    assert one == again != other
+    task.network.eval()
+    whole, same = (task.loss(task.network, given)[0] for given in (batch, others))
+    assert whole == same != one
 
 
 def test_how_errors_are_weighted_in_training_does_not_change_how_they_are_judged(latents: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from limner.errors import ModelError
 
@@ -50,11 +52,42 @@ def attend_plainly(unet: Any) -> None:
                 block.set_processor(AttnProcessor())
 
 
+class Dropout(nn.Dropout):
+    """Leaves out what an image's own seed says, and so the same whatever images are beside it.
+
+    On a GPU, where each image's own draw would be a kernel, and without seeds torch's generator says it for all.
+    """
+
+    number: int
+    """Which one of its network it is."""
+    seeds: Sequence[int] = ()
+    """One for each image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (N, ...)."""
+        plain = x.device.type != "cpu" or torch.compiler.is_compiling() or not self.seeds
+        if plain or not self.training or not 0 < self.p < 1:
+            return super().forward(x)
+        kept = torch.empty(x.shape, dtype=x.dtype)
+        for own, seed in zip(kept, self.seeds, strict=True):
+            own.bernoulli_(1 - self.p, generator=torch.Generator().manual_seed(seed + self.number))
+        return x * kept.div_(1 - self.p)
+
+
 def drop_out(network: nn.Module, share: float) -> None:
     """Leave out this share of what the dropout layers of a network let through, as long as it trains."""
+    found = [layer for layer in network.modules() if isinstance(layer, nn.Dropout)]
+    for number, layer in enumerate(found):
+        layer.__class__ = Dropout
+        assert isinstance(layer, Dropout)
+        layer.p, layer.number = share, number
+
+
+def drop_by(network: nn.Module, seeds: Tensor) -> None:
+    """Say which activations of the images to come are dropped: those of seeds (N,), where these are on a CPU."""
     for layer in network.modules():
-        if isinstance(layer, nn.Dropout):
-            layer.p = share
+        if isinstance(layer, Dropout):
+            layer.seeds = seeds.tolist() if seeds.device.type == "cpu" else ()
 
 
 def freeze_others(network: nn.Module, tune: str) -> None:

@@ -125,6 +125,7 @@ class TrainUnet:
             "t": np.float32(objectives.draw_t(self.levels, rng)),
             "noise": objectives.draw_noise(shape, rng, self.config.noise_offset),
             "draw": objectives.draw_noise(shape, rng),
+            **({"dropped": int(rng.integers(2**62))} if self.config.dropout else {}),
         }
 
     def _answer(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -136,6 +137,8 @@ class TrainUnet:
         alpha, sigma = self._level(batch["t"])
         noised = objectives.add_noise(x0, batch["noise"], alpha, sigma)
         step = objectives.timestep(self.objective, batch["t"])
+        if "dropped" in batch:
+            layers.drop_by(network, batch["dropped"])
         predicted, *mapped = network(noised, step, encoder_hidden_states=batch["states"], return_dict=False)
         wanted = objectives.target(self.objective, x0, batch["noise"], alpha, sigma)
         return objectives.mean_error((predicted.float() - wanted).square(), batch.get("mask")), *mapped

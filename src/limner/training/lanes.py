@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from limner.config import TrainConfig
+from limner.models import layers
 from limner.threads import pool_of
 
 SMALL = 50_000_000  # parameters, above which the layers keep all cores busy, and gradients for each would be large
@@ -61,12 +62,14 @@ class Lanes:
 
 def lanes_for(network: nn.Module, config: TrainConfig, accelerator: Accelerator) -> int:
     """How many lanes a training has. One where its loss is no mean over images, or an image's depends on others or on
-    the order of what is drawn by lot, as by batch norm and dropout."""
+    the order of what is drawn by lot, as by batch norm and PyTorch's dropout."""
     apart = "chunk_size" not in type(config).model_fields and not config.compile
     alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
     small = sum(parameter.numel() for parameter in network.parameters()) <= SMALL
     mixed = any(
-        isinstance(layer, _BatchNorm) or (isinstance(layer, _DropoutNd) and layer.p > 0) for layer in network.modules()
+        isinstance(layer, _BatchNorm)
+        or (isinstance(layer, _DropoutNd) and layer.p > 0 and not isinstance(layer, layers.Dropout))
+        for layer in network.modules()
     )
     return torch.get_num_threads() if apart and alone and small and not mixed else 1
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import Tensor, nn
+from torch.testing import assert_close
 
 from limner.errors import ModelError
 from limner.models import layers
@@ -62,3 +64,38 @@ def test_what_is_dropped_differs_in_training_and_nothing_is_dropped_afterwards()
         layers.drop_out(network, 0.0)
         torch.testing.assert_close(network.train()(*given).sample, whole)
     assert network.config["dropout"] == 0.0  # what is saved is as it was
+
+
+@torch.no_grad()
+def test_what_an_image_drops_is_its_own() -> None:
+    given, states, seeds = torch.randn(3, 4, 8, 8), torch.randn(3, 5, WIDTH), torch.tensor([7, 8, 2**62])
+    network = tiny_unet().train()
+    layers.drop_out(network, 0.3)
+
+    def answered(*images: int) -> Tensor:
+        chosen = list(images)
+        layers.drop_by(network, seeds[chosen])
+        answer: Tensor = network(given[chosen], 7, states[chosen]).sample
+        return answer
+
+    together = answered(0, 1, 2)
+    for image in range(3):
+        assert_close(answered(image)[0], together[image], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="zip"):
+        network(given[:2], 7, states[:2])
+    same = given[:1].expand(2, -1, -1, -1), 7, states[:1].expand(2, -1, -1)
+    layers.drop_by(network, seeds[:2])
+    one, other = network(*same).sample
+    assert not torch.allclose(one, other)
+
+
+@torch.no_grad()
+def test_the_share_that_is_dropped_is_the_one_asked_for_and_layers_drop_apart() -> None:
+    network = nn.Sequential(nn.Dropout(), nn.Dropout())
+    layers.drop_out(network, 0.25)
+    layers.drop_by(network, torch.tensor([5, 6]))
+    one, other = (layer(torch.ones(2, 100, 100)) for layer in network)
+    for dropped in (one, other):
+        assert dropped.max().item() == pytest.approx(4 / 3)
+        assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert ((one == 0) & (other == 0)).float().mean().item() == pytest.approx(1 / 16, abs=0.01)

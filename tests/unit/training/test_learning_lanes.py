@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from limner.config import TrainClipConfig, TrainConfig, TrainUnetConfig
+from limner.models import layers
 from limner.training import lanes, optimizers, processes
 from limner.training.lanes import LEAST, Lanes, lanes_for
 from limner.training.task import place, step
@@ -114,6 +115,8 @@ def test_lanes_are_for_small_networks_whose_images_are_learned_apart(monkeypatch
     assert found(small) == 2
     assert found(small, num_processes=2) == found(small, device=torch.device("cuda")) == found(small, compile=True) == 1
     assert found(small, TrainClipConfig) == 1
+    layers.drop_out(small, 0.1)
+    assert found(small) == 2
     assert found(nn.Sequential(small, nn.Dropout(0.1))) == found(nn.Sequential(small, nn.BatchNorm2d(4))) == 1
     monkeypatch.setattr(lanes, "SMALL", 19)
     assert found(small) == 1

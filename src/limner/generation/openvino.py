@@ -26,10 +26,10 @@ from limner.generation.painters import Alter, LatentDiffusion
 from limner.generation.setup import Setup
 from limner.models import export, loading, staged
 
-Load = Callable[[Path, Sequence[Sequence[int]]], "Compiled"]
-"""Compiles a file for inputs of certain shapes."""
+Load = Callable[[Path, Sequence[Sequence[int]], int], "list[Compiled]"]
+"""Compiles a file for inputs of certain shapes, to be called so many times at once."""
 
-VERSION = 1  # of what is kept; higher when the same weights would be converted to something else
+VERSION = 2  # of what is kept; higher when the same weights would be converted to something else
 PROMPT, STEP, OUTERMOST, DECODER = "prompt.xml", "step.xml", "outermost.xml", "decoder.xml"
 COMPILED = 4  # sizes of pictures that stay compiled
 EXAMPLE = 16  # sides and tokens of what networks are traced with
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
 
 
 class Compiled:
-    """A network that OpenVINO has compiled for certain shapes."""
+    """A network that OpenVINO has compiled for certain shapes, for one caller at a time."""
 
     def __init__(self, compiled: Any, tensor: Any) -> None:
         self.request, self.tensor = compiled.create_infer_request(), tensor
@@ -120,31 +120,45 @@ class Compiled:
         """All outputs. Inputs behind those that it takes are left alone, and one that is the same tensor as at the call
         before costs nothing.
         """
+        self.begin(*inputs)
+        return [output.clone() for output in self.end()]
+
+    def begin(self, *inputs: Tensor) -> None:
+        """Compute while the caller does something else."""
         for number, given in enumerate(inputs[: self.takes]):
             if number not in self._given or self._given[number][0] is not given:
                 read = given.contiguous()  # which OpenVINO reads where it lies
                 self._given[number] = given, read
                 self.request.set_input_tensor(number, self.tensor(read.numpy(), shared_memory=True))
-        self.request.infer()
-        return [torch.from_numpy(output.data.copy()) for output in self.request.output_tensors]
+        self.request.start_async()
+
+    def end(self) -> list[Tensor]:
+        """All outputs of what was begun, where OpenVINO put them: until the next is begun."""
+        self.request.wait()
+        return [torch.from_numpy(output.data) for output in self.request.output_tensors]
 
 
 class CompiledUNet:
-    """A U-Net as `staged.Network`, of the files in a folder, for token states and latents of certain shapes."""
+    """A U-Net as `staged.Network`, of the files in a folder, for token states and latents of certain shapes.
+
+    Both passes of guidance are computed at once, each by a part of the threads: they wait for each other once a step,
+    where threads that share a layer do at each of some hundred.
+    """
 
     def __init__(
         self, load: Load, folder: Path, states: Sequence[int], latents: Sequence[int], condition: int | None
     ) -> None:
         """`condition` is the width of the embedding of guidance, where that is an input."""
         self.load, self.folder = load, folder
+        self.passes, *one = states
         self.given: list[Sequence[int]] = [latents, []]
         self.condition = [] if condition is None else [[1, condition]]
-        self.prompt = load(folder / PROMPT, [states])
-        self.whole = load(folder / STEP, [*self.given, *self.condition, *self.prompt.shapes])
+        [self.prompt] = load(folder / PROMPT, [[1, *one]], 1)
+        self.whole = load(folder / STEP, [*self.given, *self.condition, *self.prompt.shapes], self.passes)
 
     def keys_and_values(self, states: Tensor) -> Sequence[Tensor]:
-        """As `Network` says."""
-        return self.prompt(states)
+        """Those of the first pass, and then those of the second."""
+        return [tensor for one in states.split(1) for tensor in self.prompt(one)]
 
     def step(
         self,
@@ -152,22 +166,24 @@ class CompiledUNet:
         timestep: Tensor,
         prompt: Sequence[Tensor],
         condition: Tensor | None = None,
-        deep: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        deep: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         """As `Network` says."""
         given = [latents, timestep.float()]
         conditions = [] if condition is None else [condition]
-        if deep is None:
-            predicted, deep = self.whole(*given, *conditions, *prompt)
-        else:
-            [predicted] = self.outermost(*given, deep, *conditions, *prompt)
-        return predicted, deep
+        own = len(prompt) // self.passes
+        networks = self.whole if deep is None else self.outermost
+        for number, network in enumerate(networks):
+            between = [] if deep is None else [deep[number]]
+            network.begin(*given, *between, *conditions, *prompt[number * own : (number + 1) * own])
+        predicted, *others = zip(*(network.end() for network in networks))
+        return torch.cat(predicted), others[0] if deep is None else deep
 
     @functools.cached_property
-    def outermost(self) -> Compiled:
+    def outermost(self) -> list[Compiled]:
         """`OutermostStep`, which most drawings need not."""
-        shapes = [*self.given, self.whole.shapes[1], *self.condition, *self.prompt.shapes]
-        return self.load(self.folder / OUTERMOST, shapes)
+        shapes = [*self.given, self.whole[0].shapes[1], *self.condition, *self.prompt.shapes]
+        return self.load(self.folder / OUTERMOST, shapes, self.passes)
 
 
 class Later:
@@ -227,19 +243,23 @@ class OpenVinoDiffusion(LatentDiffusion):
 
     def _compiled_anew(self, states: Sequence[int], shape: Sequence[int]) -> tuple[CompiledUNet, DecodedByOpenVino]:
         """U-Net and VAE for token states (1 or 2, L, D) and latents of `shape` (C, h, w)."""
-        kept = self._kept_in(f"unet-{states[0]}", functools.partial(self._convert_unet, states[0]))
-        decoder = self._kept_in("decoder", self._convert_decoder)
+        kept, decoder = self._kept_in("unet", self._convert_unet), self._kept_in("decoder", self._convert_decoder)
         unet = CompiledUNet(self._compile, kept, states, [1, *shape], self.unet.config.get("time_cond_proj_dim"))
-        return unet, DecodedByOpenVino(self.vae, self._compile(decoder / DECODER, [[1, *shape]]))
+        return unet, DecodedByOpenVino(self.vae, *self._compile(decoder / DECODER, [[1, *shape]], 1))
 
-    def _compile(self, file: Path, shapes: Sequence[Sequence[int]]) -> Compiled:
-        settings = {"INFERENCE_PRECISION_HINT": HINTS[self.precision], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    def _compile(self, file: Path, shapes: Sequence[Sequence[int]], at_once: int) -> list[Compiled]:
+        settings = {
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": min(at_once, torch.get_num_threads()),
+        }
         try:
             model = self.core.read_model(file)
         except RuntimeError:
             raise ModelError(f"{file} is not what was written there; delete {file.parent}.") from None
         model.reshape(dict(zip(model.inputs, map(list, shapes))))  # whose inputs may be fewer
-        return Compiled(self.core.compile_model(model, "CPU", settings), self.openvino.Tensor)
+        compiled = self.core.compile_model(model, "CPU", settings)
+        return [Compiled(compiled, self.openvino.Tensor) for _ in range(at_once)]
 
     def _kept_in(self, name: str, fill: Callable[[Path], None]) -> Path:
         """The folder of that name in the cache, which `fill` fills where it is not there."""
@@ -253,12 +273,12 @@ class OpenVinoDiffusion(LatentDiffusion):
         os.utime(model)
         return folder
 
-    def _convert_unet(self, passes: int, folder: Path) -> None:
+    def _convert_unet(self, folder: Path) -> None:
         unet = super()._read("unet")  # and not `self.unet.read`, which would keep it
         if not staged.fits(unet):
             raise ModelError(f"The U-Net of {self.ref} is of a kind that is drawn with torch; leave out --engine.")
         taken_apart, config = staged.Staged(unet), unet.config
-        states = torch.randn(passes, EXAMPLE, config["cross_attention_dim"])
+        states = torch.randn(1, EXAMPLE, config["cross_attention_dim"])
         latents = torch.randn(1, config["in_channels"], EXAMPLE, EXAMPLE)
         condition = [torch.randn(1, config["time_cond_proj_dim"])] if is_folded(unet) else []
         with torch.no_grad():

@@ -70,11 +70,12 @@ class Network(Protocol):
         timestep: Tensor,
         prompt: Sequence[Tensor],
         condition: Tensor | None = None,
-        deep: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        deep: Any = None,
+    ) -> tuple[Tensor, Any]:
         """What is predicted for latents (N, C, h, w) at a timestep () or (N,), for a prompt's keys and values of one
-        pass or both, (N, C, h, w) or (2N, C, h, w); and what the outermost blocks are given by those between them,
-        which are not computed where `deep` is that. `condition` is the embedding of guidance, where it is an input.
+        pass or both, (N, C, h, w) or (2N, C, h, w); and what the outermost blocks are given by those between them, as
+        it likes, which are not computed where `deep` is that. `condition` is the embedding of guidance, where it is an
+        input.
         """
 
 
@@ -91,7 +92,7 @@ class Passes:
         """
         self.config, self.network, self.reuse = config, network, reuse
         self._prompt: tuple[Tensor, Sequence[Tensor]] | None = None
-        self._deep: Tensor | None = None
+        self._deep: Any = None
         self._calls = 0
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Which layers of a given U-Net are trained, and how they attend."""
+"""Which layers of a given U-Net are trained, how they attend, and what they drop."""
 
 from __future__ import annotations
 

@@ -31,14 +31,15 @@ from limner.serving.tables import OPEN, ImageRow, JobRow, State, TokenRow
 ID = re.compile("[0-9a-f]{32}")
 BEST_FIRST = (ImageRow.score.desc(), ImageRow.number)
 
+
+def _held(worker: Any) -> tuple[Any, ...]:
+    return JobRow.worker == worker, JobRow.state == "running"
+
+
 # What every picture needs is written once: that takes SQLAlchemy as long as asking does
 UNFINISHED = select(func.count()).where(JobRow.state.in_(OPEN))
 NEXT = select(JobRow).where(JobRow.state == "queued").order_by(JobRow.number).with_for_update(skip_locked=True).limit(1)
-HELD = (
-    select(JobRow)
-    .where(JobRow.id == bindparam("job"), JobRow.worker == bindparam("worker"), JobRow.state == "running")
-    .with_for_update()
-)
+HELD = select(JobRow).where(JobRow.id == bindparam("job"), *_held(bindparam("worker"))).with_for_update()
 JOB = select(JobRow).where(JobRow.id == bindparam("job"))
 NUMBERS = select(ImageRow.number).where(ImageRow.job == bindparam("job"))
 IMAGES = select(ImageRow).where(ImageRow.job == bindparam("job")).order_by(*BEST_FIRST)
@@ -349,10 +350,6 @@ def _check(session: Session, owner: str, now: float, *, queue: int, rate: int, o
 
 def _owned(owner: str | None) -> tuple[Any, ...]:
     return () if owner is None else (JobRow.owner == owner,)
-
-
-def _held(worker: str) -> tuple[Any, ...]:
-    return JobRow.worker == worker, JobRow.state == "running"
 
 
 def _count(result: Any) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from limner.data.dataset import Record, Split, read_split, split_identity
+from limner.errors import UserError
 from limner.evaluation.agreement import distinct, r_precision
 from limner.evaluation.extractors import features_of, text_features_of
 from limner.evaluation.features import captions_of
@@ -147,4 +149,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

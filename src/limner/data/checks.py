@@ -182,9 +182,9 @@ def _our_pixel_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-_BEFORE = re.compile(r" +(?=[.,;:!?)]|'s\b|n't\b)")
+_BEFORE = re.compile(r" +(?=[;:!?)]|[.,](?!\d)|'s\b|n't\b)")
 _AFTER = re.compile(r"(?<=\() +")
-_QUOTED = re.compile(r'"([^"]*)"')
+_QUOTED = re.compile(r'(?<!\w)"([^"]*)"')  # the mark behind a word or a number closes, or means inches
 
 
 def clean_caption(text: str) -> str:

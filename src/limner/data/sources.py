@@ -121,7 +121,8 @@ def read_text(entry: Entry) -> bytes:
 def read_csv(entry: Entry, findings: list[Finding]) -> Iterator[tuple[str, str]]:
     """File name and caption of each row of a CSV. Raises DataError where its header does not name such columns."""
     lines = list(decode_lines(read_text(entry)))
-    rows = csv.reader(line.replace("\0", "") for line, _ in lines)
+    # strict, or else a quote that is never closed would take all rows after it for one caption
+    rows = csv.reader((line.replace("\0", "") for line, _ in lines), strict=True)
     header = [cell.strip().lower() for cell in next(rows, [])]
     name_at = next((header.index(c) for c in ("file_name", "image", "filename") if c in header), None)
     text_at = next((header.index(c) for c in ("text", "caption", "captions") if c in header), None)

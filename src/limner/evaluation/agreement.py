@@ -39,6 +39,14 @@ def r_precision(images: Tensor, text: Tensor, own: Tensor, candidates: int = CAN
     return hits
 
 
+def each_once(captions: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Captions of the same words are one, which is read once, so that they tie to the last bit -> K texts, the shortest
+    first for less padding, and the number of each caption's."""
+    texts = sorted(set(captions), key=lambda text: (len(text), text))
+    place = {text: number for number, text in enumerate(texts)}
+    return texts, [place[caption] for caption in captions]
+
+
 def distinct(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     """Captions of the same words are one -> K texts, and the number of each caption's (N,)."""
     texts = list(dict.fromkeys(captions))

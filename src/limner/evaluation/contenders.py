@@ -10,9 +10,10 @@ from typing import Any
 
 from limner.data.checks import clean_caption
 from limner.data.dataset import Record
-from limner.data.findings import UNREADABLE, Finding
+from limner.data.findings import BAD_LINE, ESCAPES, UNREADABLE, Finding
 from limner.data.folders import read_imagefolder
 from limner.data.pictures import read_picture
+from limner.data.sources import is_picture_name
 from limner.errors import ConfigError, DataError
 
 PHOTOGRAPHS = "photographs"  # the label of the real ones
@@ -62,25 +63,30 @@ def from_folder(folder: Path, label: str, real: Sequence[Record]) -> Contender:
     """The pictures of a folder, in any format. metadata.jsonl, metadata.csv or .txt files give captions as for
     `limner prepare imagefolder`, or else the names do: those of the photographs `real`, whatever their endings.
 
-    Raises DataError where the folder has no pictures, one of them has no caption, or none can be read.
+    Raises DataError where the folder has no pictures, one of them has no caption, a line of captions can't be
+    understood, or none can be read.
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}; name one of pictures as --images.")
     by_name = {record.path.stem: record.captions[0] for record in real}
-    records, skipped, uncaptioned, sizes = [], [], [], Counter[tuple[int, int]]()
-    for picture in read_imagefolder(folder).pictures:
+    source = read_imagefolder(folder)
+    for finding in source.findings:
+        if finding.reason == BAD_LINE:  # whose picture would be scored against another caption
+            raise DataError(f"{finding.file} in {folder} can't be understood ({finding.detail}); mend it.")
+    skipped = [one for one in source.findings if one.reason in (ESCAPES, UNREADABLE) and is_picture_name(one.file)]
+    records, uncaptioned, sizes = [], [], Counter[tuple[int, int]]()
+    for picture in source.pictures:
         own = [text for text in map(clean_caption, picture.captions) if text]
         caption = own[0] if own else by_name.get(Path(picture.name).stem)
-        path = folder / picture.name
         if caption is None:
             uncaptioned.append(picture.name)
             continue
         try:
-            sizes[read_picture(path).size] += 1
+            sizes[read_picture(picture.entry.path).size] += 1
         except DataError:
             skipped.append(Finding(picture.name, UNREADABLE))
         else:
-            records.append(Record(path, (caption,)))
+            records.append(Record(picture.entry.path, (caption,)))
     if uncaptioned:
         raise DataError(
             f"{folder} has {len(records) + len(skipped) + len(uncaptioned)} pictures, of which "

@@ -26,6 +26,7 @@ from limner import artifacts
 from limner.artifacts import atomic_file, sha256
 from limner.data.pictures import load_pixels
 from limner.errors import ConfigError, DataError, ModelError
+from limner.evaluation.agreement import each_once
 from limner.evaluation.judge import load_judge
 from limner.models import hub, loading
 from limner.models.clip import Clip, normalised
@@ -211,8 +212,7 @@ def text_features_of(reader: Reader, captions: Sequence[str], *, cache: Path) ->
 
     They are kept in the folder `cache`, by the captions and the sha256 of the reader, and read from it the next time.
     """
-    texts = sorted(set(captions), key=lambda text: (len(text), text))  # by length, for less padding
-    place = {text: number for number, text in enumerate(texts)}
+    texts, places = each_once(captions)
 
     def read() -> Iterator[Tensor]:
         with progress(f"captions read by {reader.name}", len(texts)) as advance:
@@ -222,7 +222,7 @@ def text_features_of(reader: Reader, captions: Sequence[str], *, cache: Path) ->
                 advance(len(some))
 
     key = [f"{reader.name} {reader.sha256}", *texts]
-    return _kept(cache, key, len(texts), read)[[place[caption] for caption in captions]]
+    return _kept(cache, key, len(texts), read)[places]
 
 
 def _kept(cache: Path, key: Sequence[str], count: int, make: Callable[[], Iterator[Tensor]]) -> Tensor:

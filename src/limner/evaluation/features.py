@@ -10,6 +10,7 @@ from torch import Tensor
 
 from limner.data.dataset import Record
 from limner.data.pictures import load_pixels
+from limner.evaluation.agreement import each_once
 from limner.models.clip import Clip
 
 
@@ -26,11 +27,10 @@ def caption_features(clip: Clip, captions: Sequence[str], batch_size: int) -> Te
 
     Each text is read once, so that repeated captions have the same features to the last bit, and tie.
     """
-    texts = sorted(set(captions), key=lambda text: (len(text), text))  # by length, since a batch is cut to its longest
-    place = {text: number for number, text in enumerate(texts)}
+    texts, places = each_once(captions)
     batches = (clip.tokenize(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size))
     features = torch.cat([clip.text_features(ids.to(clip.network.device)).cpu() for ids in batches])  # (texts, E)
-    return features[[place[caption] for caption in captions]]
+    return features[places]
 
 
 @torch.no_grad()

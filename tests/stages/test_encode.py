@@ -25,6 +25,7 @@ from limner.models import loading
 from limner.models import vae as vaes
 from limner.settings import resolve
 from limner.stages import encode, prepare
+from limner.training.encoded import Encoded
 from photos import encoded, put
 from tiny import tiny_clip, tiny_taesd, tiny_tokenizer
 from trainings import SIDE, config
@@ -95,6 +96,13 @@ def test_a_map_that_was_trained_with_the_clip_is_applied(
     plain, mapped = LatentCache(latents, "train"), LatentCache(run, "train")
     for number in (0, None):
         assert_close(mapped.states(1, number), plain.states(1, number) @ weight.T, rtol=5e-3, atol=3e-2)
+
+    caption = LatentCache(run, "val").captions[0][0]
+    prompt, same, *_ = Encoded(run, [caption]).prompt_states  # what a training draws meanwhile is read likewise
+    assert_close(prompt, same, rtol=5e-3, atol=3e-2)
+    save_file({"weight": -weight}, adapted / "model" / "adapter" / "adapter.safetensors")
+    with pytest.raises(DataError, match=f"is stale, as the adapter of {adapted} changed since"):
+        Encoded(run, [])
 
 
 def test_test_pictures_are_not_encoded(latents: Path) -> None:

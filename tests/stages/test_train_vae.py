@@ -211,8 +211,12 @@ def test_latents_are_turned_and_shrunk_as_their_pixels_are(vae: Path) -> None:
     assert seen.contested is None
 
 
-def test_the_loss_is_the_mean_over_pictures_of_all_sizes(vae: Path, data: Path, tmp_path: Path) -> None:
-    settings = {"model": str(vae), "equivariance": 1.0, "kl_weight": 0}
+@pytest.mark.parametrize("adversarial_weight", [0, 0.5])
+def test_the_loss_is_the_mean_over_pictures_of_all_sizes(
+    vae: Path, data: Path, tmp_path: Path, adversarial_weight: float
+) -> None:
+    """So that batches may come in parts."""
+    settings = {"model": str(vae), "equivariance": 1.0, "kl_weight": 0, "adversarial_weight": adversarial_weight}
     task = train_vae.TrainVae(config(TrainVaeConfig, data, tmp_path / "r", **settings))
     batch = next(task.stream.batches(0, 8, 8))
     assert len(set(batch["shrink"].tolist())) > 1

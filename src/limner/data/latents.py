@@ -22,9 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limner.artifacts import atomic_file, is_finished, write_json
+from limner.artifacts import atomic_file, identity, is_finished, write_json
+from limner.config import EncodeConfig
 from limner.data.dataset import Split, split_identity
 from limner.errors import DataError
+from limner.models import adapter as adapters
+from limner.models import loading
+from limner.models import vae as vaes
 
 Array = np.ndarray[Any, np.dtype[np.float16]]
 Kind = Literal["moments", "masks", "features"]
@@ -35,6 +39,16 @@ def dataset_parents(folder: Path) -> dict[str, str]:
     """The sha256 of what is encoded of a dataset, by role, for the manifest of a cache."""
     splits = [split for split in ENCODED if (folder / split / "metadata.jsonl").is_file()]
     return {f"data/{split}": split_identity(folder, split) for split in splits}
+
+
+def encoder_parents(config: EncodeConfig) -> dict[str, str]:
+    """The sha256 of what encodes it, by role, for the manifest of a cache. Raises ModelError."""
+    parents = {"vae": vaes.encoder_identity(config.vae), "clip": loading.text_identity(config.clip)}
+    if (adapter := adapters.find(config.clip)) is not None:
+        parents["adapter"] = identity(adapter)
+    if config.features is not None:
+        parents["features"] = loading.identity(config.features, "clip")
+    return parents
 
 
 def write_array(path: Path, shape: Sequence[int], parts: Iterable[Tensor]) -> None:

@@ -15,11 +15,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from limner.artifacts import Run, identity, write_json
+from limner.artifacts import Run, write_json
 from limner.config import EncodeConfig
 from limner.data.buckets import bucket_sizes, nearest
 from limner.data.dataset import Record, Split, read_split, read_training_split
-from limner.data.latents import Kind, array_path, dataset_parents, write_array, write_captions
+from limner.data.latents import Kind, array_path, dataset_parents, encoder_parents, write_array, write_captions
 from limner.data.pictures import (
     Box,
     Size,
@@ -81,11 +81,7 @@ def run(config: EncodeConfig) -> Path:
     started = time.time()
     splits = _splits(config)
     encoders = _load(config)
-    parents = dataset_parents(config.data)
-    parents |= {"vae": vaes.encoder_identity(config.vae), "clip": loading.text_identity(config.clip)}
-    if (adapter := adapters.find(config.clip)) is not None:
-        parents["adapter"] = identity(adapter)
-    parents |= {"features": loading.identity(config.features, "clip")} if config.features else {}
+    parents = dataset_parents(config.data) | encoder_parents(config)
     run = Run.open(config.out, config, parents)
     if run.finished:
         print(f"Nothing to do: {run.folder} is finished, with these encoders and settings.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,15 @@ class Autoencoder(nn.Module):
         for divisor in sorted(set(shrink.tolist())):
             small, target = (avg_pool2d(x[shrink == divisor], divisor) for x in (latents, wanted))
             pairs.append((self.vae.decode(small, return_dict=False)[0].float(), target))
-        again, target = pairs[0]  # the largest
-        contested = None if self.critic is None else contest(self.critic, target, again)
+        contested = None if self.critic is None else self._contested(self.critic, pairs)
         return Seen(pairs, moments.float(), contested)
+
+    @staticmethod
+    def _contested(critic: Critic, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Both losses of `contest`, each the mean over all pictures, so that a batch may come in parts."""
+        each = [torch.stack(contest(critic, target, again)) * len(again) for again, target in pairs]  # (2,) each
+        learned, drawn = torch.stack(each).sum(dim=0) / sum(len(again) for again, _ in pairs)
+        return learned, drawn
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,10 @@ def save(
     """Write a checkpoint atomically, named by its images; then `tidy`."""
     tensors = _prefixed("network", _trained(network)) | _prefixed("average", average.state())
     for number, parameter in enumerate(_parameters(optimizer)):
-        state = optimizer.state.get(parameter, {})
-        tensors |= _prefixed(f"optimizer.{number}", {name: torch.as_tensor(value) for name, value in state.items()})
+        state = {name: torch.as_tensor(value) for name, value in optimizer.state.get(parameter, {}).items()}
+        # Parameters share some tables of bitsandbytes', and safetensors take nothing twice
+        state |= {name: state[name].clone() for name in TABLES if name in state}
+        tensors |= _prefixed(f"optimizer.{number}", state)
     for number, group in enumerate(optimizer.param_groups):
         counts = {name: torch.tensor(float(group[name]), dtype=torch.float64) for name in COUNTS if name in group}
         tensors |= _prefixed(f"group.{number}", counts)

@@ -14,11 +14,12 @@ from torch.utils.data import default_collate
 
 from limner.artifacts import identity, read_json
 from limner.config import EncodeConfig, TrainConfig
-from limner.data.latents import LatentCache, dataset_parents
+from limner.data.latents import LatentCache, dataset_parents, encoder_parents
 from limner.data.pictures import may_flip, save_grid
 from limner.diffusion.objectives import draw_noise
 from limner.errors import ConfigError, DataError, ModelError
 from limner.generation.engine import denoise, encode_prompts, initial_noise
+from limner.models import adapter as adapters
 from limner.models import loading
 from limner.models import vae as vaes
 from limner.training.stream import Example, Stream
@@ -64,12 +65,10 @@ class Encoded:
         """Raise DataError where what the cache was made from has changed since; the dataset may be gone."""
         settings, parents = self.settings, read_json(self.folder / "manifest.json")["parents"]
         data = dataset_parents(settings.data) if (settings.data / "dataset.json").is_file() else parents
-        encoders = {"vae": vaes.encoder_identity(settings.vae), "clip": loading.text_identity(settings.clip)}
-        encoders |= {"features": loading.identity(settings.features, "clip")} if settings.features else {}
-        now = {**data, **encoders}
+        now = {**data, **encoder_parents(settings)}
         if changed := sorted(role for role in {**parents, **now} if parents.get(role) != now.get(role)):
             named = {"vae": f"the VAE {settings.vae}", "clip": f"the text encoder {settings.clip}"}
-            named |= {"features": f"the CLIP {settings.features}"}
+            named |= {"adapter": f"the adapter of {settings.clip}", "features": f"the CLIP {settings.features}"}
             what = " and ".join(named.get(role, f"{role} of {settings.data}") for role in changed)
             raise DataError(f"{self.folder} is stale, as {what} changed since; encode into a new folder.")
 
@@ -77,6 +76,8 @@ class Encoded:
         states = [self.val.states(index, 0) for index in self.val.captioned(SHOWN)]
         if prompts:
             own = encode_prompts(*loading.load_text_encoder(self.settings.clip), prompts)
+            if (adapter := adapters.find(self.settings.clip)) is not None:
+                own = own @ adapters.load(adapter, own.shape[-1]).T
             states = [*own[:, : self.val.states(0, None).shape[0]], *states]
         empty = self.val.states(0, None)
         return torch.stack(states or [empty]), empty[None]

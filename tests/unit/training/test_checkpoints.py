@@ -328,6 +328,18 @@ def test_eight_bits_go_on_with_the_same_bits(tmp_path: Path) -> None:
         assert all(torch.equal(*pair) for pair in zip(whole[0].parameters(), other[0].parameters(), strict=True))
 
 
+def test_a_table_that_parameters_share_is_stored(tmp_path: Path) -> None:
+    """As bitsandbytes' AdamW has them of 8-bit numbers."""
+    network, average, optimizer = state(0, steps=1)
+    table = torch.linspace(-1, 1, 256)
+    for parameter in network.parameters():
+        optimizer.state[parameter]["qmap1"] = table
+    checkpoints.save(tmp_path, 1, network, average, optimizer, Facts(8))
+    other, other_average, other_optimizer = state(1, steps=1)
+    assert load_newest(tmp_path, other, other_average, other_optimizer) is not None
+    assert all(torch.equal(one["qmap1"], table) for one in other_optimizer.state.values())
+
+
 def test_the_state_of_other_parameters_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The same parameters in another order, as another version might hand them to the optimiser."""
     network, average, optimizer = state(0, steps=1)

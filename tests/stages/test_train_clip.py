@@ -361,6 +361,18 @@ def test_nan_stops_and_leaves_the_last_good_checkpoint(data: Path, tmp_path: Pat
     assert not (made.out / "retrieval.json").exists()
 
 
+def test_a_run_that_was_short_of_memory_goes_on_in_chunks(data: Path, tmp_path: Path) -> None:
+    """As it is told to."""
+    ended = []
+    for name, chunks in (("whole", {}), ("chunks", {"chunk_size": 3})):
+        how = {"schedule": "constant", "result": "last"}
+        train_clip.run(settings(data, tmp_path / name, images=16, **how))
+        run = train_clip.run(settings(data, tmp_path / name, images=32, **how, **chunks))
+        ended.append(load_file(run / "model" / "clip" / "model.safetensors"))
+    for name, weight in ended[0].items():
+        assert_close(ended[1][name], weight, rtol=0, atol=1e-4)
+
+
 def test_what_changes_the_training_must_not_change_later(clip: Path, data: Path) -> None:
     """What changes the report only may; see test_alignment.py."""
     with pytest.raises(RunError, match=r"other settings \(join\)"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -207,6 +207,22 @@ def test_latents_of_another_vae_are_refused_but_where_all_of_the_unet_can_get_us
     parts = {"clip": str(clip), "vae": str(vae), "unet": str(unet), "precision": "bf16", "grid": 0}
     rounded = assemble.run(resolve(AssembleConfig, {**parts, "out": tmp_path / "model"}))
     train_unet.TrainUnet(config(TrainLoraConfig, latents, tmp_path / "r", model=str(rounded)))
+
+
+def test_states_through_an_adapter_are_not_for_a_model_that_reads_its_own(
+    model: Path, data: Path, clip: Path, vae: Path, tmp_path: Path
+) -> None:
+    """Where such a model has the adapter, its U-Net has it in its weights already."""
+    shutil.copytree(clip, tmp_path / "clip")
+    (tmp_path / "clip" / "model" / "adapter").mkdir()
+    save_file({"weight": torch.eye(16)}, tmp_path / "clip" / "model" / "adapter" / "adapter.safetensors")
+    given = {"clip": str(tmp_path / "clip"), "vae": str(vae)}
+    cache = encode.run(config(EncodeConfig, data, tmp_path / "latents", **given))
+    with pytest.raises(ModelError, match=f"no LoRA reads such; encode with --clip {model}"):
+        train_unet.run(config(TrainLoraConfig, cache, tmp_path / "r", model=str(model)))
+    with pytest.raises(ModelError, match=f"another text encoder; encode with --clip {model}"):
+        train_distill.run(config(TrainDistillConfig, cache, tmp_path / "r", model=str(model)))
+    train_unet.TrainUnet(config(TrainUnetConfig, cache, tmp_path / "r", model=str(model)))
 
 
 def test_a_unet_gets_used_to_another_clip_but_a_lora_is_for_the_one_its_model_has(

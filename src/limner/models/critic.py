@@ -45,4 +45,4 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
     """Each of a batch (N, C, S, S) turned by so many quarters `turns` (N,) -> (N, C, S, S)."""
     if not turns.any():
         return x
-    return torch.stack([torch.rot90(one, int(count), dims=(1, 2)) for one, count in zip(x, turns)])
+    return torch.stack([torch.rot90(one, count, dims=(1, 2)) for one, count in zip(x, turns.tolist())])

@@ -17,10 +17,11 @@ from limner.config import TrainLoraConfig, TrainUnetConfig
 from limner.data.dataset import read_split
 from limner.data.latents import LatentCache
 from limner.diffusion import objectives, schedulers
-from limner.errors import ConfigError, DataError
+from limner.errors import ConfigError, DataError, ModelError
 from limner.evaluation.extractors import features_of
 from limner.evaluation.watch import Watch
 from limner.evaluation.yardstick import Yardstick
+from limner.models import adapter as adapters
 from limner.models import gate, layers, loading, lora, unet
 from limner.models.representation import Aligned, misaligned
 from limner.training.copied import Shown
@@ -113,7 +114,15 @@ class TrainUnet:
                 raise ConfigError(f"{name} is for a new U-Net, and that of {model} keeps its own; leave it out.")
 
     def _refuse_other_text(self, model: str) -> None:
-        """Raise ModelError where a LoRA's model, which goes on reading its own text encoder, reads another one."""
+        """Raise ModelError where a LoRA's model, which goes on reading its own text encoder, reads another one.
+
+        Or where states went through an adapter, which changes weights that a LoRA is added to.
+        """
+        if adapters.find(self.encoded.settings.clip):
+            raise ModelError(
+                f"{self.config.data} has token states that went through the adapter of {self.encoded.settings.clip}, "
+                f"and no LoRA reads such; encode with --clip {model}."
+            )
         text = gate.TextFacts(**(self.encoded.facts["text"] or {}))
         gate.check(text, gate.wanted(model), clip=self.encoded.settings.clip, unet=model)
 

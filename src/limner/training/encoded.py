@@ -117,10 +117,14 @@ class Encoded:
             )
 
     def refuse_other_text_encoder(self, model: str) -> None:
-        """Raise ModelError where `model` has another text encoder than the cache is of, whatever its precision."""
+        """Raise ModelError where `model` has another text encoder than the cache is of, whatever its precision.
+
+        As it has where the cache's states went through an adapter, which is a part of a U-Net in a model.
+        """
         if "text_encoder" not in loading.parts_in(loading.resolve(model)):
             return
-        if not _alike(*(loading.load_text_encoder(ref)[0] for ref in (self.settings.clip, model))):
+        both = (self.settings.clip, model)
+        if adapters.find(self.settings.clip) or not _alike(*(loading.load_text_encoder(ref)[0] for ref in both)):
             raise ModelError(
                 f"{self.folder} has token states of {self.settings.clip}, and {model} reads those of another text "
                 f"encoder; encode with --clip {model}."

@@ -215,6 +215,17 @@ def test_a_lora_of_the_list_is_drawn_with(server: Server, folder: Path, lora: Pa
     for loras, wanted in ((["wild:0.5"], light), ([], plain)):
         drawn = client.images.generate(prompt=PROMPT, extra_body={**own, "loras": loras})
         assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(drawn.data[0].b64_json))), wanted)
+    begun = io.BytesIO()
+    Image.fromarray(plain).save(begun, "PNG")
+    edits = [
+        client.images.edit(image=image, prompt=PROMPT, extra_body={**own, "strength": 0.7, "loras": loras})
+        .data[0]
+        .b64_json
+        for image, loras in ((begun.getvalue(), []), (begun.getvalue(), ["wild"]), ([begun.getvalue()], ["wild"]))
+    ]
+    assert edits[0] != edits[1] == edits[2]
+    with pytest.raises(openai.UnprocessableEntityError, match="LoRA"):
+        client.images.edit(image=begun.getvalue(), prompt=PROMPT, extra_body={"loras": ["tame"]})
     web = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1")
     assert [lora["name"] for lora in web.get_loras()] == ["wild"]
     drawn = web.txt2img(prompt=f"{PROMPT} <lora:wild:0.5>", seed=3, steps=3, cfg_scale=2, width=16, height=16)

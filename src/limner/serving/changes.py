@@ -33,7 +33,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._waiters: dict[tuple[str, bool], set[Waiter]] = defaultdict(set)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal to end may come to a thread that has it, and wakes everybody
 
     @contextmanager
     def of(self, job: str, *, steps: bool) -> Iterator[Waiter]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, HTTPException, Request, Response, UploadFile
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from limner.serving.access import Client, From
@@ -77,12 +77,14 @@ class EditRequest(GenerationRequest):
 
     model_config = requesting(image="garden.png", strength=0.6)
 
-    image: UploadFile
+    image: Annotated[UploadFile, Field(validation_alias=AliasChoices("image", "image[]"))]
     """The picture to begin with."""
     mask: UploadFile | None = None
-    """A picture of its size: see-through, or white where it has no alpha channel, is what is redrawn."""
+    """A picture of its size: see-through, or white where nothing is see-through, is what is redrawn."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     """Limner's: share of the steps that are taken from the picture."""
+    loras: Annotated[Loras, Field(validation_alias=AliasChoices("loras", "loras[]"))] = ()
+    """As for a generation; OpenAI's client writes a list of a form with brackets."""
 
 
 class GeneratedImage(BaseModel):

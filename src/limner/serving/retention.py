@@ -52,7 +52,7 @@ def _oldest(store: Store, excess: float) -> list[str]:
     size = func.coalesce(func.sum(ImageRow.bytes), 0)
     ended = select(JobRow.id, size).outerjoin(ImageRow, ImageRow.job == JobRow.id)
     ended = ended.where(JobRow.state.not_in(OPEN), JobRow.finished < time.time() - RECENT)
-    ended = ended.group_by(JobRow.number, JobRow.id).order_by(JobRow.number).limit(AT_ONCE)
+    ended = ended.group_by(JobRow.number, JobRow.id).order_by(JobRow.finished, JobRow.number).limit(AT_ONCE)
     jobs = []
     with store.session(write=False) as session:
         for job, pictures in session.execute(ended):

@@ -73,9 +73,10 @@ class Uploads:
 
         self._decoded(data, mask=False)  # so that it is known to be within bounds, and whole
         image = Image.open(io.BytesIO(data))
-        if image.has_transparency_data:
-            return _png(ImageOps.invert(image.convert("RGBA").getchannel("A")))
-        return in_base64(data)
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            return in_base64(data)
+        return _png(ImageOps.invert(alpha))
 
     def sources(self, request: JobRequest) -> dict[str, Source]:
         """What a request begins with, whose pictures are kept. Raises DataError where one is not there."""

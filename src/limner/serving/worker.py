@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from limner.config import ServeConfig
-from limner.errors import ModelError, UserError
+from limner.errors import UserError
 from limner.generation.jobs import Job, Spec, make_jobs
 from limner.serving.changes import Changes
 from limner.serving.crew import Crew, Lane
@@ -176,7 +176,8 @@ class Worker:
         if self._draining.is_set():
             return
         room = 1 if self._side_by_side else self._config.batch_size
-        if jobs := self._store.take(self.id, pictures=room, lease=self._config.lease):
+        # What others of these servers offer, they draw
+        if jobs := self._store.take(self.id, pictures=room, lease=self._config.lease, models=self._shelf.specs):
             self._begin(jobs)
         else:
             self._more.wait(POLL)
@@ -275,8 +276,6 @@ class Worker:
             self._crew.finish()
             self._drawn_with = name, texts
         try:
-            if name not in self._shelf.specs:
-                raise ModelError(f"There is no model {name} on this server any more.")
             model = self._shelf.get(name, tuple(lora for _, lora in self._shelf.chosen(texts)))
         except Exception as error:
             if not isinstance(error, UserError):

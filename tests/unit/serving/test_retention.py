@@ -60,7 +60,8 @@ def there(store: Store, out: Path, rows: list[JobRow]) -> list[bool]:
 
 def test_the_oldest_go_until_the_rest_fits(store: Store, tmp_path: Path) -> None:
     uploads = Uploads(tmp_path / "uploads", 1000)
-    rows = [ended(store, tmp_path, ago=HOUR - number) for number in range(5)]
+    last = ended(store, tmp_path, ago=HOUR - 4)  # which began first
+    rows = [*(ended(store, tmp_path, ago=HOUR - number) for number in range(4)), last]
     assert taken(store, uploads) == 5 * (SIZE + ROW)
     assert make_room(tmp_path, store, uploads, 5 * (SIZE + ROW)) == 0
     assert make_room(tmp_path, store, uploads, 3 * (SIZE + ROW) + 1) == 2

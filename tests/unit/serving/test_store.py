@@ -48,6 +48,13 @@ def test_first_come_first_served(store: Store) -> None:
     assert store.take("w", pictures=1, lease=LEASE) == []
 
 
+def test_jobs_of_models_that_others_have_are_left_to_them(store: Store) -> None:
+    rows = [add(store, job()) for _ in range(2)]
+    assert store.take("w", pictures=2, lease=LEASE, models=["other"]) == []
+    taken = store.take("w", pictures=2, lease=LEASE, models=["other", "m"])
+    assert [row.id for row in taken] == [row.id for row in rows]
+
+
 def test_jobs_without_pictures_hide_none_that_have_some(store: Store) -> None:
     drawn = add(store, job(pictures=2))
     store.take("w", pictures=2, lease=LEASE)

@@ -320,7 +320,8 @@ def test_schedule_free_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 def test_eight_bits_go_on_with_the_same_bits(tmp_path: Path) -> None:
     def begin() -> State:
         torch.manual_seed(0)
-        network = nn.Conv2d(64, 32, 3).cuda().to(memory_format=torch.channels_last)
+        network = nn.Sequential(nn.Conv2d(64, 32, 3), nn.Conv2d(32, 64, 3)).cuda()  # which share tables
+        network = network.to(memory_format=torch.channels_last)
         chosen = config(TrainConfig, tmp_path, tmp_path, optimizer="adamw-8bit", lr=0.1)
         return network, WeightAverage(network, 0), optimizers.new(network, chosen, {})
 

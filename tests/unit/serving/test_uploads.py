@@ -21,7 +21,9 @@ from limner.serving.uploads import Uploads
         ("L", 255, 255),
     ],
 )
-def test_a_mask_is_see_through_or_else_white(mode: str, colour: int, redrawn: int, tmp_path: Path) -> None:
+def test_a_mask_is_see_through_or_else_white(
+    mode: str, colour: int | tuple[int, ...], redrawn: int, tmp_path: Path
+) -> None:
     file = io.BytesIO()
     Image.new(mode, (16, 16), colour).save(file, "PNG")
     uploads = Uploads(tmp_path, 1000)

@@ -198,8 +198,9 @@ def test_a_dataset_of_an_older_version_had_its_settings_at_their_defaults(
     (out / "dataset.json").write_text(json.dumps(facts))
     prepare.run(config(source, out, size=24))
     assert "Nothing to do" in capsys.readouterr().out
-    with pytest.raises(DataError, match="with other settings"):
-        prepare.run(config(source, out, size=24, keep_alpha=True))
+    for act in (prepare.run, prepare.plan):
+        with pytest.raises(DataError, match="with other settings"):
+            act(config(source, out, size=24, keep_alpha=True))
 
 
 def test_exact_duplicates_are_dropped_when_asked_and_near_ones_counted(tmp_path: Path) -> None:
@@ -358,8 +359,9 @@ def test_an_unfinished_run_is_not_continued_with_other_settings(source: Path, tm
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("os.sync", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare.run(config(source, tmp_path / "data"))
-    with pytest.raises(DataError, match="unfinished run with another source or settings"):
-        prepare.run(config(source, tmp_path / "data", size=24))
+    for act in (prepare.run, prepare.plan):
+        with pytest.raises(DataError, match="unfinished run with another source or settings"):
+            act(config(source, tmp_path / "data", size=24))
 
 
 # ---- wrong input: exit code 2, one sentence, and nothing is left

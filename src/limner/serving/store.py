@@ -38,8 +38,13 @@ def _held(worker: Any) -> tuple[Any, ...]:
 
 # What every picture needs is written once: that takes SQLAlchemy as long as asking does
 UNFINISHED = select(func.count()).where(JobRow.state.in_(OPEN))
-NEXT = select(JobRow).where(JobRow.state == "queued").order_by(JobRow.number).with_for_update(skip_locked=True).limit(1)
-NEXT_OF_MODELS = NEXT.where(JobRow.model.in_(bindparam("models", expanding=True)))
+NEXT = (
+    select(JobRow)
+    .where(JobRow.state == "queued", JobRow.model.in_(bindparam("models", expanding=True)))
+    .order_by(JobRow.number)
+    .with_for_update(skip_locked=True)
+    .limit(1)
+)
 HELD = select(JobRow).where(JobRow.id == bindparam("job"), *_held(bindparam("worker"))).with_for_update()
 JOB = select(JobRow).where(JobRow.id == bindparam("job"))
 NUMBERS = select(ImageRow.number).where(ImageRow.job == bindparam("job"))
@@ -223,20 +228,17 @@ class Store:
 
     # What workers do
 
-    def take(
-        self, worker: str, *, pictures: int, lease: float, models: Collection[str] | None = None
-    ) -> Sequence[JobRow]:
-        """The job that is next, of any model or one of `models`, and further ones of its shape with up to so many
-        pictures in all, for `lease` seconds."""
+    def take(self, worker: str, models: Collection[str], *, pictures: int, lease: float) -> Sequence[JobRow]:
+        """The job that is next of these models, and further ones of its shape with up to so many pictures in all, for
+        `lease` seconds."""
         now = time.time()
         with self.session(write=True, durable=False) as session:
-            wanted = (NEXT,) if models is None else (NEXT_OF_MODELS, {"models": list(models)})
-            jobs = list(session.scalars(*wanted))
+            jobs = list(session.scalars(NEXT, {"models": list(models)}))
             first = jobs[0] if jobs else None
             room = pictures - first.pictures if first else 0
             if first and room > 0:
                 alike = NEXT.where(JobRow.shape == first.shape, JobRow.number != first.number).limit(room)
-                for job in session.scalars(alike):
+                for job in session.scalars(alike, {"models": list(models)}):
                     if job.pictures <= room:
                         jobs.append(job)
                         room -= job.pictures

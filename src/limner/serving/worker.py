@@ -176,8 +176,7 @@ class Worker:
         if self._draining.is_set():
             return
         room = 1 if self._side_by_side else self._config.batch_size
-        # What others of these servers offer, they draw
-        if jobs := self._store.take(self.id, pictures=room, lease=self._config.lease, models=self._shelf.specs):
+        if jobs := self._store.take(self.id, self._shelf.specs, pictures=room, lease=self._config.lease):
             self._begin(jobs)
         else:
             self._more.wait(POLL)

@@ -74,7 +74,7 @@ def run(config: EvaluateConfig) -> Path:
 
     Raises ConfigError, DataError or ModelError in one sentence, before anything is drawn where that can be told.
     """
-    _require("jinja2", "matplotlib")
+    _require_report()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     asked = config
@@ -123,7 +123,7 @@ def _with_checkpoints(config: EvaluateConfig) -> EvaluateConfig:
 
 def plan(config: EvaluateConfig) -> dict[str, Any]:
     """What `run` would draw and score; nothing is written. Raises as `run` does."""
-    _require("jinja2", "matplotlib")
+    _require_report()
     _is_ours(config)
     if config.checkpoints:
         (ref,) = config.models
@@ -142,8 +142,8 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def _require(*packages: str) -> None:
-    for name in packages:
+def _require_report() -> None:
+    for name in ("jinja2", "matplotlib"):
         if find_spec(name) is None:
             raise ConfigError(f"The report needs {name}; install with: pip install 'limner[eval]'.")
 

@@ -18,6 +18,7 @@ from limner.serving.tables import ImageRow, JobRow
 from limner.serving.tokens import digest, new_token
 
 LEASE = 60.0
+MODELS = ["m"]
 
 
 def job(shape: str = "a", owner: str = "", pictures: int = 1, created: float | None = None) -> JobRow:
@@ -43,21 +44,21 @@ def picture(row: JobRow, number: int = 0, **facts: Any) -> ImageRow:
 def test_first_come_first_served(store: Store) -> None:
     rows = [add(store, job(shape=str(i))) for i in range(3)]
     assert [store.places([row.number])[row.number] for row in rows] == [0, 1, 2]
-    taken = [store.take("w", pictures=1, lease=LEASE)[0].id for _ in rows]
+    taken = [store.take("w", MODELS, pictures=1, lease=LEASE)[0].id for _ in rows]
     assert taken == [row.id for row in rows]
-    assert store.take("w", pictures=1, lease=LEASE) == []
+    assert store.take("w", MODELS, pictures=1, lease=LEASE) == []
 
 
 def test_jobs_of_models_that_others_have_are_left_to_them(store: Store) -> None:
     rows = [add(store, job()) for _ in range(2)]
-    assert store.take("w", pictures=2, lease=LEASE, models=["other"]) == []
-    taken = store.take("w", pictures=2, lease=LEASE, models=["other", "m"])
+    assert store.take("w", ["other"], pictures=2, lease=LEASE) == []
+    taken = store.take("w", ["other", "m"], pictures=2, lease=LEASE)
     assert [row.id for row in taken] == [row.id for row in rows]
 
 
 def test_jobs_without_pictures_hide_none_that_have_some(store: Store) -> None:
     drawn = add(store, job(pictures=2))
-    store.take("w", pictures=2, lease=LEASE)
+    store.take("w", MODELS, pictures=2, lease=LEASE)
     for number in range(2):
         store.keep("w", picture(drawn, number), step=4)
     waiting = [add(store, job()) for _ in range(3)]
@@ -67,9 +68,9 @@ def test_jobs_without_pictures_hide_none_that_have_some(store: Store) -> None:
 
 def test_a_batch_is_of_one_shape_and_no_larger_than_asked(store: Store) -> None:
     rows = [add(store, job(shape, pictures=n)) for shape, n in (("a", 2), ("b", 1), ("a", 3), ("a", 2), ("a", 1))]
-    taken = store.take("w", pictures=5, lease=LEASE)
+    taken = store.take("w", MODELS, pictures=5, lease=LEASE)
     assert [row.number for row in taken] == [rows[0].number, rows[2].number]
-    assert [row.number for row in store.take("w", pictures=1, lease=LEASE)] == [rows[1].number]
+    assert [row.number for row in store.take("w", MODELS, pictures=1, lease=LEASE)] == [rows[1].number]
 
 
 def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: Store) -> None:
@@ -77,7 +78,7 @@ def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: S
     taken: list[str] = []
 
     def work(worker: str, own: Store) -> None:
-        while jobs := own.take(worker, pictures=2, lease=LEASE):
+        while jobs := own.take(worker, MODELS, pictures=2, lease=LEASE):
             taken.extend(row.id for row in jobs)
             assert all(own.keep(worker, picture(row), step=4) == Kept(last=True) for row in jobs)
         own.close()
@@ -94,10 +95,10 @@ def test_a_job_goes_to_one_of_many_workers(opened: Callable[[], Store], store: S
 def test_a_lease_that_ran_out_is_taken_over_and_the_late_one_changes_nothing(store: Store) -> None:
     slow, quick = "elsewhere/1/ab", "elsewhere/2/cd"
     row = add(store, job())
-    store.take(slow, pictures=1, lease=-1)
-    assert store.take(quick, pictures=1, lease=LEASE) == []
+    store.take(slow, MODELS, pictures=1, lease=-1)
+    assert store.take(quick, MODELS, pictures=1, lease=LEASE) == []
     assert store.put_back_lost(quick) == 1
-    again = store.take(quick, pictures=1, lease=LEASE)
+    again = store.take(quick, MODELS, pictures=1, lease=LEASE)
     assert (again[0].id, again[0].attempts) == (row.id, 2)
     assert store.renew(slow, {row.id: 3}, LEASE) == set()
     assert store.keep(slow, picture(row), step=4) is None
@@ -115,14 +116,14 @@ def test_of_some_jobs_those_that_have_ended_are_told(store: Store) -> None:
     running, queued, cancelled, other = (add(store, job()) for _ in range(4))
     store.cancel(cancelled.id, None)
     store.cancel(other.id, None)
-    assert [row.id for row in store.take("w", pictures=1, lease=LEASE)] == [running.id]
+    assert [row.id for row in store.take("w", MODELS, pictures=1, lease=LEASE)] == [running.id]
     assert store.ended([queued.id, running.id, cancelled.id]) == [cancelled.id]
     assert store.ended([]) == []
 
 
 def test_a_cancelled_job_keeps_no_picture(store: Store) -> None:
     row = add(store, job())
-    store.take("w", pictures=1, lease=LEASE)
+    store.take("w", MODELS, pictures=1, lease=LEASE)
     assert store.cancel(row.id, 2)
     assert store.keep("w", picture(row), step=4) is None
     assert store.renew("w", {row.id: 3}, LEASE) == set()
@@ -133,9 +134,9 @@ def test_a_cancelled_job_keeps_no_picture(store: Store) -> None:
 
 def test_what_is_handed_back_is_next_and_nobody_s_fault(store: Store) -> None:
     row, _ = add(store, job("a")), add(store, job("b"))
-    store.take("w", pictures=1, lease=LEASE)
+    store.take("w", MODELS, pictures=1, lease=LEASE)
     assert store.give_back("w") == 1
-    again = store.take("v", pictures=1, lease=LEASE)[0]
+    again = store.take("v", MODELS, pictures=1, lease=LEASE)[0]
     assert (again.id, again.attempts) == (row.id, 1)
 
 
@@ -143,15 +144,15 @@ def test_the_dead_of_this_machine_are_known(store: Store) -> None:
     add(store, job())
     me = worker_id()
     host, pid, _ = me.rsplit("/", 2)
-    store.take(f"{host}/{pid}/before", pictures=1, lease=LEASE)  # the same number, another life
+    store.take(f"{host}/{pid}/before", MODELS, pictures=1, lease=LEASE)  # the same number, another life
     assert store.put_back_lost(me) == 1
-    assert len(store.take(me, pictures=1, lease=LEASE)) == 1
+    assert len(store.take(me, MODELS, pictures=1, lease=LEASE)) == 1
     assert store.put_back_lost(me) == 0
-    assert store.take("x", pictures=1, lease=LEASE) == []
+    assert store.take("x", MODELS, pictures=1, lease=LEASE) == []
     store.give_back(me)
-    store.take("elsewhere/1/ab", pictures=1, lease=LEASE)
+    store.take("elsewhere/1/ab", MODELS, pictures=1, lease=LEASE)
     assert store.put_back_lost(me) == 0
-    assert store.take("x", pictures=1, lease=LEASE) == []
+    assert store.take("x", MODELS, pictures=1, lease=LEASE) == []
 
 
 def test_limits(store: Store) -> None:
@@ -174,7 +175,7 @@ def test_limits(store: Store) -> None:
 
 def test_each_sees_its_own(store: Store) -> None:
     row = add(store, job(owner="anna"))
-    store.take("w", pictures=1, lease=LEASE)
+    store.take("w", MODELS, pictures=1, lease=LEASE)
     image = picture(row)
     id_ = image.id
     store.keep("w", image, step=4)
@@ -186,7 +187,7 @@ def test_each_sees_its_own(store: Store) -> None:
 
 def test_a_job_ends_with_the_last_of_its_pictures_in_whatever_order_they_come(store: Store) -> None:
     row = add(store, job(pictures=3))
-    store.take("w", pictures=3, lease=LEASE)
+    store.take("w", MODELS, pictures=3, lease=LEASE)
     for number in (2, 0):
         assert store.keep("w", picture(row, number), step=2) == Kept(last=False)
         assert store.keep("w", picture(row, number), step=2) is None, "it is there already"
@@ -199,7 +200,7 @@ def test_a_job_ends_with_the_last_of_its_pictures_in_whatever_order_they_come(st
 
 def test_steps_that_are_told_late_take_nothing_back(store: Store) -> None:
     row = add(store, job(pictures=3))
-    store.take("w", pictures=3, lease=LEASE)
+    store.take("w", MODELS, pictures=3, lease=LEASE)
     told = []
     for step in (2, 1):
         store.renew("w", {row.id: step}, LEASE)
@@ -212,7 +213,7 @@ def test_steps_that_are_told_late_take_nothing_back(store: Store) -> None:
 
 def test_the_best_stay_when_a_job_ends(store: Store) -> None:
     row = add(store, job(pictures=4))
-    store.take("w", pictures=4, lease=LEASE)
+    store.take("w", MODELS, pictures=4, lease=LEASE)
     scores = (0.1, 0.3, 0.3, 0.2)
     for number, score in enumerate(scores[:3]):
         assert store.keep("w", picture(row, number, score=score), step=number, best=2) == Kept(last=False)
@@ -288,7 +289,7 @@ def test_ten_thousand_jobs_are_no_hardship(store: Store) -> None:
     started = time.process_time()
     last = add(store, job(), queue=20_000)
     assert store.places([last.number]) == {last.number: 10_000}
-    assert len(store.take("w", pictures=8, lease=LEASE)) == 8
+    assert len(store.take("w", MODELS, pictures=8, lease=LEASE)) == 8
     assert len(store.listed(limit=50)) == 50
     assert time.process_time() - started < 1
     with pytest.raises(QueueFull):

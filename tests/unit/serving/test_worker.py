@@ -208,13 +208,27 @@ def test_what_can_t_be_kept_is_drawn_again(beside: Service, monkeypatch: pytest.
     assert all(row is not None and row.attempts == 1 for row in rows), "nobody's fault"
 
 
+def test_a_server_leaves_jobs_of_models_that_it_has_not_to_others(folders: list[str], tmp_path: Path) -> None:
+    first, second = (Service(ServeConfig(models=(model,), out=tmp_path / "served", device="cpu")) for model in folders)
+    second.start()
+    jobs = [first.submit(JobRequest(prompt=prompt, steps=1)) for prompt in PROMPTS]
+    own = second.submit(JobRequest(prompt=PROMPTS[0], steps=1))  # which has to wait for none of them
+    until = time.monotonic() + 60
+    while (view := second.get(own.id)) is not None and view.state in OPEN:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    second.stop()
+    assert [job.state for job in ended(first, *jobs)] == ["done"] * 3
+
+
 def test_who_waits_hears_of_an_end_at_another_server(service: Service) -> None:
     queue = service.store
     service.worker._take = lambda: time.sleep(0.01)  # type: ignore[method-assign]  # so that it is the other's
 
     async def drawn_elsewhere() -> JobView:
         waiting = asyncio.create_task(service.draw(JobRequest(prompt=PROMPTS[0], steps=2)))
-        while not (taken := await asyncio.to_thread(queue.take, "elsewhere/1/ab", pictures=1, lease=60.0)):
+        models = service.specs
+        while not (taken := await asyncio.to_thread(queue.take, "elsewhere/1/ab", models, pictures=1, lease=60.0)):
             await asyncio.sleep(0.01)
         await asyncio.sleep(worker.PULSE + 0.5)
         assert not waiting.done()

@@ -21,7 +21,7 @@ class TrainConfig(StageConfig):
         # Where data and model lie is no part of the result; their sha256 are compared instead
         {"workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "images", "data", "model"}
         # These change it by rounding alone, so that a run that ran out of memory can go on
-        | {"micro_batch_size", "chunk_size", "checkpointing", "trackers"}
+        | {"micro_batch_size", "checkpointing", "trackers"}
     )
 
     data: Annotated[Path, FLAG]
@@ -145,7 +145,7 @@ class TrainClipConfig(TrainConfig):
 
     changeable: ClassVar[frozenset[str]] = TrainConfig.changeable | {
         *("labelled", "sweep_alpha", "min_cosine", "unet"),  # of the report, which is then written anew
-        *("teacher", "extra", "extra_captions"),  # where they lie; see above
+        *("teacher", "extra", "extra_captions", "chunk_size"),  # where they lie, and rounding; see above
     }
 
     lr: Annotated[PositiveFloat, FLAG] = 1e-5

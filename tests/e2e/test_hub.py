@@ -43,6 +43,8 @@ class Hub:
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and Authorization of each request."""
     url: str = ""
+    breaks_off: set[str] = field(default_factory=set)
+    """Files of which half is sent before the connection is closed."""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         """Answer a GET or a HEAD."""
@@ -81,7 +83,8 @@ class Hub:
             if file.is_file():
                 content = file.read_bytes()
                 digest = hashlib.sha256(content).hexdigest()
-                self._send(request, content, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
+                headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
+                self._send(request, content, headers, whole=f"{repo}/{name}" not in self.breaks_off)
             else:
                 self._refuse(request, 404, "EntryNotFound")
 
@@ -104,13 +107,16 @@ class Hub:
         request.send_header("Content-Length", "0")
         request.end_headers()
 
-    def _send(self, request: BaseHTTPRequestHandler, body: bytes, headers: dict[str, str]) -> None:
+    def _send(
+        self, request: BaseHTTPRequestHandler, body: bytes, headers: dict[str, str], *, whole: bool = True
+    ) -> None:
         request.send_response(200)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             request.send_header(name, value)
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(body)
+            request.wfile.write(body if whole else body[: len(body) // 2])
+            request.close_connection = not whole
 
 
 def serve(hub: Hub) -> tuple[ThreadingHTTPServer, Thread]:
@@ -367,6 +373,18 @@ def test_a_model_is_pulled_listed_and_shown_from_the_cache(hub: Hub, tmp_path: P
     refused = user.limner("models", "pull", "owner/pickled")
     assert refused.returncode == 2
     assert "only as a pickle" in refused.stderr
+
+
+def test_a_pull_that_broke_off_says_so_and_goes_on(hub: Hub, tmp_path: Path) -> None:
+    user, weights = User(tmp_path, hub.url), "unet/diffusion_pytorch_model.safetensors"
+    hub.breaks_off.add(f"owner/tiny/{weights}")
+    broken = user.limner("models", "pull", "owner/tiny")
+    hub.breaks_off.clear()
+    assert (broken.returncode, broken.stdout, broken.stderr.count("\n")) == (2, "", 1)
+    assert "it is not whole in the local cache (the local cache holds no model)" in broken.stderr
+    assert weights not in cached_files(user, "tiny")
+    assert user.limner("models", "pull", "owner/tiny").returncode == 0
+    assert weights in cached_files(user, "tiny")
 
 
 # ---- a CLIP of its own

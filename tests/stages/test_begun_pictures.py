@@ -22,7 +22,7 @@ from limner.errors import DataError
 from limner.generation import provenance
 from limner.generation.model import Model
 from limner.models.clip import HALF, Clip
-from tiny import tiny_clip, tiny_model, tiny_tokenizer
+from tiny import WIDTH, tiny_clip, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,13 @@ def test_a_fresh_picture_is_identical(folder: Path, capfd: pytest.CaptureFixture
     [path] = drawn(capfd, "A {dog|cat}.", "--model", folder, "--format", kind, *flags)
     assert replayed(capfd, path) == (0, ["identical"])
     assert not Path("replayed").exists()
+
+
+def test_a_token_with_a_colon_is_drawn_with_again(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_file({"<a:toy>": torch.ones(1, WIDTH)}, "toy.safetensors")
+    [path] = drawn(capfd, "A <a:toy>.", "--model", folder, "--embedding", "toy.safetensors")
+    assert replayed(capfd, path) == (0, ["identical"])
+    assert replayed(capfd, path, "--dry-run")[0] == 0
 
 
 def test_weights_that_changed_are_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

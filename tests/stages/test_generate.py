@@ -118,8 +118,11 @@ def test_a_plan_of_a_model_that_is_not_here_fetches_nothing(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert limner("generate", "A dog.", "--model", "nobody/nothing", "--dry-run") == 0
-    assert "nobody/nothing, to be fetched" in capfd.readouterr().out
+    for flags, count in (((), 1), (("--best-of", 5), 5), (("-n", 2, "--grid", "steps=1,2 guidance=1,2,3"), 12)):
+        assert limner("generate", "A dog.", "--model", "nobody/nothing", *flags, "--dry-run") == 0
+        told = dict(line.split(None, 1) for line in capfd.readouterr().out.splitlines())
+        assert told["model"].startswith("nobody/nothing, to be fetched")
+        assert told["pictures"] == str(count)
     assert not (tmp_path / "cache").exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from limner import artifacts, system
 from limner.errors import ModelError
-from limner.generation.jobs import STABLE_DIFFUSION, Spec, count_parameters, read_spec
+from limner.generation.jobs import Spec, count_parameters, read_spec
 from limner.models import hub, loading
 
 DEPTH = 3  # levels of folders that are looked through
@@ -69,7 +69,7 @@ class Found:
 def look_into(ref: str, folder: Path) -> Found:
     """The model in a folder, which the user calls `ref`. Raises ModelError."""
     spec = read_spec(ref, folder)
-    files = [file for part in spec.parts for file in (folder / part).glob("*.safetensors")]
+    files = [file for part in spec.parts for file in hub.weight_files(folder / part)]
     return Found(spec, count_parameters(spec), sum(file.stat().st_size for file in files), licence(folder))
 
 
@@ -132,7 +132,7 @@ def facts(found: Found) -> dict[str, Any]:
     spec, parts = found.spec, {}
     for part in (*spec.parts, *(["clip"] if (spec.folder / "clip").is_dir() else [])):
         folder = spec.folder / part
-        hashes = artifacts.sha256_folder(folder, "*.safetensors")
+        hashes = {file.name: artifacts.sha256(file) for file in hub.weight_files(folder)}
         if hashes:
             parts[part] = {
                 "class": loading.class_of(folder),
@@ -145,7 +145,7 @@ def facts(found: Found) -> dict[str, Any]:
         "model": spec.ref,
         "folder": str(spec.folder),
         "class": spec.pipeline,
-        "draws with": "Limner's own loop" if set(spec.parts) == set(STABLE_DIFFUSION) else "Diffusers' pipeline",
+        "draws with": "Limner's own loop" if spec.own_loop else "Diffusers' pipeline",
         "licence": found.licence,
         "size": spec.size and f"{spec.size[0]}x{spec.size[1]}",
         "steps": spec.steps,

@@ -334,7 +334,7 @@ def count_parameters(spec: Spec, parts: Sequence[str] | None = None) -> dict[str
     Raises ModelError.
     """
     named = spec.parts if parts is None else parts
-    counts = {part: sum(map(_numbers_in, (spec.folder / part).glob("*.safetensors"))) for part in named}
+    counts = {part: sum(map(_numbers_in, hub.weight_files(spec.folder / part))) for part in named}
     return {part: count for part, count in counts.items() if count}
 
 

@@ -108,6 +108,11 @@ def literal(text: str) -> str:
     return re.sub(r"[\\()\[\]{}|]", r"\\\g<0>", text)
 
 
+def unescaped(prompt: str) -> str:
+    """The prompt for what reads it as it is: brackets stay, and escaped characters are themselves."""
+    return re.sub(r"\\([\\()\[\]{}|])", r"\1", prompt)
+
+
 def chosen(template: str, seed: int) -> str:
     """The prompt with one of each of its alternatives, which (template, seed) alone decides.
 

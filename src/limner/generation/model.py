@@ -20,7 +20,7 @@ from limner.generation import painters, provenance, ranking, setup, sources
 from limner.generation.engine import OnStep
 from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec, warn_of_sizes
 from limner.generation.painters import LatentDiffusion, OnPreview, Painter, Pipeline
-from limner.models import inversion, lora
+from limner.models import hub, inversion, lora
 from limner.models.inversion import Inversion
 from limner.models.lora import Lora
 
@@ -44,7 +44,8 @@ class Picture:
     def save(self, folder: Path | str, kind: Format = "png", quality: int = 95) -> Path:
         """Write a file named after prompt and seed; an earlier picture is never replaced. Raises OSError.
 
-        `quality`, 1 to 100, is of JPEG and WebP. Raises ConfigError where a prompt is too long for a JPEG's record.
+        `quality`, 1 to 100, is of JPEG and WebP. Raises ConfigError for another kind, and
+        where a prompt is too long for a JPEG's record.
         """
         return provenance.save(self.image, self.record, Path(folder), kind, quality)
 
@@ -265,11 +266,11 @@ class Model:
 
     @functools.cached_property
     def weights(self) -> dict[str, str]:
-        """The sha256 of each weight file."""
+        """The sha256 of each weight file that is read."""
         return {
-            f"{part}/{name}": digest
+            f"{part}/{file.name}": artifacts.sha256(file)
             for part in self.spec.parts
-            for name, digest in artifacts.sha256_folder(self.spec.folder / part, "*.safetensors").items()
+            for file in hub.weight_files(self.spec.folder / part)
         }
 
     @functools.cached_property

@@ -280,7 +280,7 @@ class Pipeline:
             self.pipeline = DiffusionPipeline.from_pretrained(
                 spec.folder,
                 dtype=setup.dtype,
-                variant=loading.variant(file.name for part in spec.parts for file in (spec.folder / part).glob("*")),
+                variant=hub.variant(file.name for part in spec.parts for file in (spec.folder / part).glob("*")),
                 use_safetensors=True,
                 local_files_only=True,
                 **left_out,
@@ -318,7 +318,7 @@ class Pipeline:
                 raise ConfigError(f"{self.name} draws with its own scheduler alone; leave out --scheduler.")
             scheduler_for(self, job)
         for what, text in (("prompt", job.prompt), ("negative prompt", job.negative)):
-            if not self._reads_whole(text):
+            if not self._reads_whole(language.unescaped(text)):
                 raise ConfigError(f"The {what} {text[:40]!r}... is longer than {self.name} reads; shorten it.")
         steps = job.steps or self._default("num_inference_steps") or STEPS
         guidance = job.guidance
@@ -347,8 +347,8 @@ class Pipeline:
 
     def _draw(self, job: Job) -> Image:
         wanted = {
-            "prompt": job.prompt,
-            "negative_prompt": job.negative or None,
+            "prompt": language.unescaped(job.prompt),
+            "negative_prompt": language.unescaped(job.negative) or None,
             "num_inference_steps": job.steps,
             "guidance_scale": job.guidance,
             "guidance_rescale": job.guidance_rescale,

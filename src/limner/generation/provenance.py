@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from limner import artifacts
 from limner.config import Engine
 from limner.diffusion import samplers
-from limner.errors import DataError
+from limner.errors import ConfigError, DataError
 from limner.generation import files
 from limner.generation.sources import Source
 
@@ -138,8 +138,10 @@ def save(image: Image, record: dict[str, Any], folder: Path, kind: Format = "png
     """Write the picture into `folder`, whole or not at all, under a name that no file has; return the path.
 
     The record of a JPEG or WebP has `quality` in it too. Raises OSError as the writing does, and ConfigError as
-    `files.write`.
+    `files.write`, or for another `kind`.
     """
+    if kind not in files.SUFFIXES:
+        raise ConfigError(f"The format {kind!r} is none of {', '.join(files.SUFFIXES)}; choose one of them.")
     texts = _texts(record, kind, quality)
     names = free_names(folder / f"{slug(record['prompt'])}-{record['seed']}{files.SUFFIXES[kind]}")
     return artifacts.write_new(names, lambda path: files.write(image, path, kind, quality, *texts))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def check(spec: Spec, n: int, best_of: int) -> None:
     """Raise ConfigError where `n` of `best_of` pictures can't be chosen, or the model has no CLIP to choose by."""
+    if n < 1:
+        raise ConfigError(f"n must be 1 or more, not {n}.")
     if best_of < n:
         raise ConfigError(f"best_of {best_of} is less than the {n} pictures to keep; draw more or keep fewer.")
     if not loading.fits(spec.folder / "clip", "clip"):

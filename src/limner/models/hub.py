@@ -23,6 +23,9 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 READABLE = (".json", ".txt", ".model", ".safetensors")
 NOT_LOADED = {"safety_checker", "feature_extractor"}
 """Parts of a pipeline that Limner does without."""
+WEIGHTLESS = re.compile("Tokenizer|Scheduler|Processor|Extractor")
+"""In the names of classes that have no weights."""
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 
 
 def looks_like_hub_id(ref: str) -> bool:
@@ -153,8 +156,28 @@ def variant_of(name: str) -> str | None:
     """The variant in a weight file's name: `model.fp16.safetensors` -> `fp16`, `model.safetensors` -> None."""
     stem = PurePosixPath(name).name.removesuffix(".index.json").removesuffix(".safetensors")
     is_weight = name.endswith((".safetensors", ".safetensors.index.json"))
-    variant = re.sub(r"-\d{5}-of-\d{5}", "", stem).partition(".")[2].removeprefix("safetensors").lstrip(".")
-    return variant or None if is_weight else None
+    found = SHARD.sub("", stem).partition(".")[2].removeprefix("safetensors").lstrip(".")
+    return found or None if is_weight else None
+
+
+def variant(names: Iterable[str]) -> str | None:
+    """The variant to load of these weight files: None where there is a plain one, or else the first."""
+    variants = {variant_of(name) for name in names if name.endswith(".safetensors")}
+    return None if None in variants else min((v for v in variants if v), default=None)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a part that are read for its weights, which may lie there in several variants."""
+    files = sorted(folder.glob("*.safetensors"))
+    read = variant(file.name for file in files)
+    return [file for file in files if variant_of(file.name) == read]
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a part's config is there and all shards of its weights."""
+    names = [file.name for file in weight_files(folder)]
+    shards = [int(found[1]) for name in names if (found := SHARD.search(name))]
+    return bool(names) and (folder / "config.json").is_file() and set(shards) <= {len(shards)}
 
 
 def _folder(name: str) -> str:
@@ -183,8 +206,11 @@ def cached(ref: str) -> Path | None:
         if isinstance(found, str):
             index = json.loads(Path(found).read_text(encoding="utf-8")) if name == "model_index.json" else {}
             folder = Path(found).parent
-            has_parts = all((folder / part).is_dir() for part in pipeline_parts(index))
-            return folder if has_parts and any(folder.rglob("*.safetensors")) else None
+            parts = {folder / part: cls for part, (_, cls) in pipeline_parts(index).items()} or {folder: ""}
+            if (folder / "clip").is_dir():
+                parts[folder / "clip"] = ""
+            whole = all(part.is_dir() if WEIGHTLESS.search(cls) else _has_weights(part) for part, cls in parts.items())
+            return folder if whole else None
     return None
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -221,12 +221,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return bool(told) or isinstance(error, MemoryError)
 
 
-def variant(names: Iterable[str]) -> str | None:
-    """The variant to load of these weight files: None where there is a plain one, or else the first."""
-    variants = {hub.variant_of(name) for name in names if name.endswith(".safetensors")}
-    return None if None in variants else min((v for v in variants if v), default=None)
-
-
 def _weights(cls: Any, what: str, folder: Path, dtype: torch.dtype | None) -> Any:
     """An instance of a Diffusers or Transformers model class, in evaluation mode, every weight read from the file."""
     import torch
@@ -237,7 +231,7 @@ def _weights(cls: Any, what: str, folder: Path, dtype: torch.dtype | None) -> An
         model, info = cls.from_pretrained(
             folder,
             dtype=dtype or torch.float32,
-            variant=variant(names),
+            variant=hub.variant(names),
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # so that they come to be named below

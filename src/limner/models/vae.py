@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from limner.errors import ConfigError
-from limner.models import loading
+from limner.models import hub, loading
 
 NORM_GROUPS = 8
 TILE = 512  # pixels, of which Stable Diffusion's decoder needs 0.6 GB in bf16
@@ -78,7 +78,7 @@ def encoder_identity(ref: str) -> str:
     from safetensors import safe_open
 
     folder, digest = loading.component(ref, "vae"), hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in hub.weight_files(folder):
         with loading.reading("VAE", folder), safe_open(file, framework="pt") as opened:
             for name in sorted(opened.keys()):
                 if name.split(".")[0] not in DECODING:

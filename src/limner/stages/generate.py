@@ -108,7 +108,7 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     """What `run` would draw, with what, and what is known of its cost; nothing is fetched or written."""
     there = loading.resolve_here(config.model)
     if there is None:
-        pictures = len(_prompts(config)) * config.n
+        pictures = _count(config, _prompts(config))
         return {"model": f"{config.model}, to be fetched; its size is not known yet", "pictures": pictures}
     spec, loras, embeddings, cells = _read(config, there)
     jobs = [job for cell in cells for job in cell]
@@ -141,10 +141,8 @@ def _read(
     the cells of the grid; without one all are in one."""
     prompts = _prompts(config)
     _check_out(config.out)
-    n = config.n if config.best_of is None else config.best_of
-    over = () if config.grid is None else grids.axes(config.grid)
-    check_count(math.prod(len(axis.values) for axis in over) * n * len(prompts))
-    cells = grids.cells(config, over)
+    _count(config, prompts)
+    cells = grids.cells(config, _axes(config))
     image = None if config.image is None else sources.read_picture(config.image)
     mask = None if config.mask is None else sources.read_mask(config.mask)
     if config.show:
@@ -159,7 +157,7 @@ def _read(
         make_jobs(
             spec,
             prompts,
-            n=n,
+            n=_drawn(config),
             seed=cell.seed,
             steps=cell.steps,
             guidance=cell.guidance,
@@ -177,6 +175,23 @@ def _read(
     ]
     warn_of_sizes(spec, [job for cell in jobs for job in cell])
     return spec, loras, embeddings, jobs
+
+
+def _axes(config: GenerateConfig) -> Sequence[grids.Axis]:
+    """Those of the grid. Raises ConfigError."""
+    return () if config.grid is None else grids.axes(config.grid)
+
+
+def _drawn(config: GenerateConfig) -> int:
+    """How many pictures a prompt are drawn, in each cell of the grid."""
+    return config.n if config.best_of is None else config.best_of
+
+
+def _count(config: GenerateConfig, prompts: Sequence[str]) -> int:
+    """How many pictures are drawn in all. Raises ConfigError where those are too many."""
+    pictures = math.prod(len(axis.values) for axis in _axes(config)) * _drawn(config) * len(prompts)
+    check_count(pictures)
+    return pictures
 
 
 def _prompts(config: GenerateConfig) -> Sequence[str]:

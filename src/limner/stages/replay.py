@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,5 +115,7 @@ def _read(
         strength=said["strength"],
     )
     loras = [f"{lora['ref']}:{lora['weight']!r}" for lora in model["loras"]]
-    embeddings = [f"{added['ref']}:{added['token']}" for added in model["embeddings"]]
-    return spec, (read_loras(spec, loras), read_embeddings(spec, embeddings)), job
+    found = read_embeddings(spec, [added["ref"] for added in model["embeddings"]])
+    # A token of a file's own may have a colon, which FILE:TOKEN can't say
+    embeddings = [replace(one, token=added["token"]) for one, added in zip(found, model["embeddings"])]
+    return spec, (read_loras(spec, loras), embeddings), job

@@ -212,5 +212,5 @@ def test_a_literal_text_means_itself(text: str, seed: int) -> None:
     literal = language.literal(text)
     assert language.chosen(literal, seed) == literal
     said = [span for part in spans(literal) for span in part]
-    assert "".join(words for words, _ in said) == text
+    assert "".join(words for words, _ in said) == language.unescaped(literal) == text
     assert {weight for _, weight in said} <= {1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 import limner
 from limner.config import Precision
 from limner.errors import ConfigError, ModelError
-from limner.generation import provenance
+from limner.generation import catalogue, provenance
 from limner.generation.jobs import make_jobs
 from limner.generation.model import Model
 from tiny import CAPTIONS, tiny_model, tiny_unet
@@ -108,6 +109,19 @@ def test_the_record_names_every_weight_file_by_its_hash(model: Model, folder: Pa
         assert digest == limner.artifacts.sha256(folder / name)
 
 
+def test_weights_that_lie_there_twice_count_once(folder: Path, tmp_path: Path) -> None:
+    both = shutil.copytree(folder, tmp_path / "both")
+    plain = both / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(plain, plain.with_suffix(".fp16.safetensors"))
+    assert Model.load(str(both), "cpu").weights == Model.load(str(folder), "cpu").weights
+    one, two = (catalogue.look_into("one", each) for each in (folder, both))
+    assert (two.parameters, two.bytes) == (one.parameters, one.bytes)
+    assert catalogue.facts(two)["parts"] == catalogue.facts(one)["parts"]
+    plain.rename(plain.with_suffix(".fp32.safetensors"))  # of two variants it is the first by name
+    [unet] = [name for name in Model.load(str(both), "cpu").weights if name.startswith("unet/")]
+    assert unet == "unet/diffusion_pytorch_model.fp16.safetensors"
+
+
 def test_the_record_says_with_which_scheduler_and_words(model: Model) -> None:
     drawn = model("A {dog|cat}.", n=4, steps=2, scheduler="DPM++ 2M Karras", guidance_rescale=0.5)
     for picture in drawn.pictures:
@@ -140,6 +154,8 @@ def test_settings_are_refused_in_a_sentence(model: Model) -> None:
     ):
         with pytest.raises(ConfigError):
             model(**{"prompts": "A dog.", **settings})
+    with pytest.raises(ConfigError, match="n must be 1 or more, not -1"):
+        model("A dog.", n=-1, best_of=2)
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "abacus", "", "meta"])
@@ -216,6 +232,9 @@ def test_another_pipeline_takes_schedulers_and_alternatives(tmp_path: Path) -> N
     assert same(plain.image, model("A (brown) dog.", steps=3, size=16).images[0]), "the model's own scheduler again"
     with pytest.raises(ConfigError, match="There is no scheduler 'x'"):
         model("A dog.", scheduler="x")
+    escaped = model(r"A \(brown\) dog.", negative=r"\[snow\]", steps=3, size=16).pictures[0]
+    assert same(escaped.image, model("A (brown) dog.", negative="[snow]", steps=3, size=16).images[0])
+    assert escaped.record["prompt"] == r"A \(brown\) dog."
 
 
 def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:

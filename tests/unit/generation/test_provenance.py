@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from limner.errors import DataError
+from limner.errors import ConfigError, DataError
 from limner.generation import provenance
 from records import IMAGE, MODEL, any_text, record
 
@@ -96,6 +96,12 @@ def test_an_earlier_picture_stays(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["a-dog-7.png", "a-dog-7-2.png", "a-dog-7-3.png"]
     pixels = [Image.open(path).getpixel((0, 0)) for path in paths]
     assert pixels == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def test_a_format_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="The format 'jpg' is none of png, jpeg, webp; choose one of them"):
+        provenance.save(IMAGE, record(), tmp_path, "jpg")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def _save_many(folder: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +63,50 @@ def test_weights_are_fetched_once_and_code_pickles_and_extras_not_at_all() -> No
         "vae_old/model.safetensors",
     ]
     assert hub.choose(wanted + others, INDEX) == wanted
+
+
+def files(folder: Path, *names: str) -> None:
+    """Put empty files into a folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_one_variant_of_the_weights_is_read(tmp_path: Path) -> None:
+    files(tmp_path, "m.fp16.safetensors", "m.bf16.safetensors", "config.json")
+    assert [file.name for file in hub.weight_files(tmp_path)] == ["m.bf16.safetensors"]
+    files(tmp_path, "m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors")
+    assert [file.name for file in hub.weight_files(tmp_path)] == [
+        "m-00001-of-00002.safetensors",
+        "m-00002-of-00002.safetensors",
+    ]
+
+
+def test_a_cached_model_is_whole_when_each_part_has_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--owner--model"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    files(repo, "refs/main")
+    (repo / "refs" / "main").write_text("0" * 40)
+    files(snapshot, "tokenizer/vocab.json", "text_encoder/config.json", "text_encoder/model.safetensors")
+    tokenizer = {"tokenizer": ["transformers", "CLIPTokenizer"]}
+    (snapshot / "model_index.json").write_text(json.dumps(INDEX | tokenizer))
+    for name in ("unet/config.json", "unet/m-00002-of-00002.safetensors"):
+        assert hub.cached("owner/model") is None
+        files(snapshot, name)
+    assert hub.cached("owner/model") is None, "there are two shards"
+    files(snapshot, "unet/m-00001-of-00002.safetensors")
+    assert hub.cached("owner/model") == snapshot
+    files(snapshot, "clip/config.json")
+    assert hub.cached("owner/model") is None, "its CLIP has no weights yet"
+    files(snapshot, "clip/model.safetensors")
+    assert hub.cached("owner/model") == snapshot
+    (snapshot / "model_index.json").rename(snapshot / "config.json")
+    assert hub.cached("owner/model") is None, "a single part, without weights"
+    files(snapshot, "model.safetensors")
+    assert hub.cached("owner/model") == snapshot
 
 
 def test_of_a_single_part_all_is_fetched_that_can_be_read() -> None:

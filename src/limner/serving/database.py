@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -12,39 +13,40 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 from sqlalchemy.schema import CreateColumn
 
 from limner.errors import ConfigError
-from limner.serving.tables import Base
+from limner.serving.tables import TABLES
+
+log = logging.getLogger("limner.serve")
 
 FILE = "jobs.sqlite"
 QUIET: dict[str, Any] = {"hide_parameters": True}  # which are prompts, in what an error says
 SCHEMA_LOCK = 7_546_637  # of PostgreSQL's advisory locks, while tables are made
 
 
-def opened(folder: Path, url: str | None) -> tuple[Engine, Path | None]:
-    """The database with all its tables, and where a damaged one was moved to, if there was one.
+def opened(folder: Path, url: str | None) -> Engine:
+    """The database with all its tables; a damaged one is moved aside first, which the log says.
 
     Raises ConfigError where there is no right to it, or for a bad URL.
     """
-    aside = None
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = _move_damaged(folder / FILE)
+        _move_damaged(folder / FILE)
     engine = _sqlite(folder / FILE) if url is None else _by_url(url)
     try:
         with engine.begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": SCHEMA_LOCK})
-            Base.metadata.create_all(connection)
+            TABLES.create_all(connection)
             _add_new_columns(connection)
     except DatabaseError as error:
         reason = str(error.orig).strip().split("\n")[0]
         place = "in --data" if url is None else "behind --set database"
         raise ConfigError(f"The database {place} can't be used ({reason}); mend that or name another.") from None
-    return engine, aside
+    return engine
 
 
 def _add_new_columns(connection: Connection) -> None:
     """Those that the tables of an earlier version lack; each may be NULL or has a default."""
-    for table in Base.metadata.sorted_tables:
+    for table in TABLES.sorted_tables:
         there = {column["name"] for column in inspect(connection).get_columns(table.name)}
         for column in table.columns:
             if column.name not in there:
@@ -69,7 +71,8 @@ def _sqlite(file: Path) -> Engine:
         if not options.get("write", True):
             connection.exec_driver_sql("BEGIN")
             return
-        connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if options.get('durable', True) else 'NORMAL'}")
+        level = "FULL" if options.get("durable", True) else "NORMAL"
+        connection.connection.driver_connection.execute(f"PRAGMA synchronous={level}")  # type: ignore[union-attr]
         # A reader that becomes a writer fails where another wrote since; so writers say so at once
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -99,10 +102,10 @@ def _by_url(url: str) -> Engine:
     return engine
 
 
-def _move_damaged(file: Path) -> Path | None:
-    """Move a database that can't be read out of the way, so that the server can begin a new one; tell where to."""
+def _move_damaged(file: Path) -> None:
+    """Move a database that can't be read out of the way, so that a new one can begin."""
     if not file.exists():
-        return None
+        return
     engine = _sqlite(file)
     try:
         with engine.connect() as connection:
@@ -116,10 +119,10 @@ def _move_damaged(file: Path) -> Path | None:
     finally:
         engine.dispose()
     if verdict == "ok":
-        return None
+        return
     aside = file.with_name(f"{file.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
     file.rename(aside)
     for suffix in ("-wal", "-shm"):
         if (beside := file.with_name(file.name + suffix)).exists():
             beside.rename(aside.with_name(aside.name + suffix))
-    return aside
+    log.warning("the database was damaged and moved to %s", aside)

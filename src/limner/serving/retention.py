@@ -10,7 +10,7 @@ from sqlalchemy import delete, func, select
 
 from limner.serving.keeper import folder_of
 from limner.serving.store import Store
-from limner.serving.tables import OPEN, ImageRow, JobRow
+from limner.serving.tables import IMAGES, JOBS, OPEN
 from limner.serving.uploads import Uploads
 
 ROW = 4096  # bytes that a job takes in the database, about
@@ -32,30 +32,30 @@ def make_room(out: Path, store: Store, uploads: Uploads, room: float) -> int:
             break
         for job in jobs:
             shutil.rmtree(folder_of(out, job), ignore_errors=True)
-        with store.session(write=True) as session:
-            session.execute(delete(ImageRow).where(ImageRow.job.in_(jobs)))
-            session.execute(delete(JobRow).where(JobRow.id.in_(jobs)))
+        with store.writing() as connection:
+            connection.execute(delete(IMAGES).where(IMAGES.c.job.in_(jobs)))
+            connection.execute(delete(JOBS).where(JOBS.c.id.in_(jobs)))
         removed += len(jobs)
     return removed
 
 
 def taken(store: Store, uploads: Uploads) -> int:
     """Bytes that jobs, their pictures and what they began with take."""
-    with store.session(write=False) as session:
-        pictures = session.scalar(select(func.coalesce(func.sum(ImageRow.bytes), 0))) or 0
-        jobs = session.scalar(select(func.count()).select_from(JobRow)) or 0
+    with store.reading() as connection:
+        pictures = connection.scalar(select(func.coalesce(func.sum(IMAGES.c.bytes), 0))) or 0
+        jobs = connection.scalar(select(func.count()).select_from(JOBS)) or 0
     return int(pictures) + jobs * ROW + uploads.size()
 
 
 def _oldest(store: Store, excess: float) -> list[str]:
     """Jobs that ended, as many as take about `excess` bytes."""
-    size = func.coalesce(func.sum(ImageRow.bytes), 0)
-    ended = select(JobRow.id, size).outerjoin(ImageRow, ImageRow.job == JobRow.id)
-    ended = ended.where(JobRow.state.not_in(OPEN), JobRow.finished < time.time() - RECENT)
-    ended = ended.group_by(JobRow.number, JobRow.id).order_by(JobRow.finished, JobRow.number).limit(AT_ONCE)
+    size = func.coalesce(func.sum(IMAGES.c.bytes), 0)
+    ended = select(JOBS.c.id, size).outerjoin(IMAGES, IMAGES.c.job == JOBS.c.id)
+    ended = ended.where(JOBS.c.state.not_in(OPEN), JOBS.c.finished < time.time() - RECENT)
+    ended = ended.group_by(JOBS.c.number, JOBS.c.id).order_by(JOBS.c.finished, JOBS.c.number).limit(AT_ONCE)
     jobs = []
-    with store.session(write=False) as session:
-        for job, pictures in session.execute(ended):
+    with store.reading() as connection:
+        for job, pictures in connection.execute(ended):
             if excess <= 0:
                 break
             jobs.append(job)
@@ -65,7 +65,7 @@ def _oldest(store: Store, excess: float) -> list[str]:
 
 def _begun_with(store: Store) -> set[str]:
     """Digests of the pictures and masks of all jobs."""
-    image, mask = (JobRow.settings[name].as_string() for name in ("image", "mask"))
-    with store.session(write=False) as session:
-        rows = session.execute(select(image, mask).where(image.is_not(None)))
+    image, mask = (JOBS.c.settings[name].as_string() for name in ("image", "mask"))
+    with store.reading() as connection:
+        rows = connection.execute(select(image, mask).where(image.is_not(None)))
         return {digest for row in rows for digest in row if digest is not None}

@@ -1,85 +1,126 @@
-"""The tables of the queue: jobs, their pictures, and who may use the server."""
+"""The tables of the queue and their rows: jobs, their pictures, and who may use the server."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import BigInteger, ForeignKey, Index, Integer, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import JSON
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 OPEN: tuple[State, ...] = ("queued", "running")
 """States of a job that has not ended."""
 
 
-class Base(DeclarativeBase):
-    """The tables."""
-
-
-class JobRow(Base):
+@dataclass(frozen=True, kw_only=True)
+class JobRow:
     """A request for one or more pictures of one prompt."""
 
-    __tablename__ = "jobs"
-    __table_args__ = (
-        Index("jobs_by_state", "state", "number"),
-        Index("jobs_by_shape", "state", "shape", "number"),
-        Index("jobs_by_owner", "owner", "created"),
-        {"sqlite_autoincrement": True},
-    )
-
-    number: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
-    """Its place in the order of all jobs."""
-    id: Mapped[str] = mapped_column(unique=True)
-    owner: Mapped[str]
+    number: int = 0
+    """Its place in the order of all jobs, from 1; 0 as long as it is not stored."""
+    id: str
+    owner: str
     """Name of the token that it came with; empty without."""
-    model: Mapped[str]
-    shape: Mapped[str]
+    model: str
+    shape: str
     """Equal for jobs that may share a batch."""
-    settings: Mapped[dict[str, Any]] = mapped_column(JSON)
+    settings: dict[str, Any]
     """What was asked for, as `schemas.JobRequest`, with its seed."""
-    pictures: Mapped[int]
-    steps: Mapped[int]
+    pictures: int
+    steps: int
     """Of all its pictures together."""
-    step: Mapped[int] = mapped_column(default=0)
-    state: Mapped[str] = mapped_column(default="queued")
-    error: Mapped[str | None] = mapped_column(default=None)
-    fault: Mapped[bool] = mapped_column(default=False)
+    step: int = 0
+    state: str = "queued"
+    error: str | None = None
+    fault: bool = False
     """Whether the server is to blame for the error, and not what was asked for."""
-    worker: Mapped[str | None] = mapped_column(default=None)
-    lease: Mapped[float | None] = mapped_column(default=None)
-    attempts: Mapped[int] = mapped_column(default=0)
-    created: Mapped[float]
-    started: Mapped[float | None] = mapped_column(default=None)
-    finished: Mapped[float | None] = mapped_column(default=None)
+    worker: str | None = None
+    lease: float | None = None
+    attempts: int = 0
+    created: float
+    started: float | None = None
+    finished: float | None = None
 
 
-class ImageRow(Base):
+@dataclass(frozen=True, kw_only=True)
+class ImageRow:
     """A picture of a job."""
 
-    __tablename__ = "images"
-    __table_args__ = (UniqueConstraint("job", "number"),)
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
-    number: Mapped[int]
+    id: str
+    job: str
+    number: int
     """From 0: its seed is the job's plus this."""
-    file: Mapped[str]
+    file: str
     """Below the server's folder."""
-    width: Mapped[int]
-    height: Mapped[int]
-    bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    width: int
+    height: int
+    bytes: int = 0
     """Of the file."""
-    score: Mapped[float | None] = mapped_column(default=None)
+    score: float | None = None
     """How well it fits the prompt, where the best of several are kept."""
 
 
-class TokenRow(Base):
-    """Somebody who may use the server."""
+TABLES = MetaData()
 
-    __tablename__ = "tokens"
+JOBS = Table(
+    "jobs",
+    TABLES,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("id", String, unique=True, nullable=False),
+    Column("owner", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("shape", String, nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("pictures", Integer, nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("state", String, nullable=False),
+    Column("error", String),
+    Column("fault", Boolean, nullable=False),
+    Column("worker", String),
+    Column("lease", Double),
+    Column("attempts", Integer, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("started", Double),
+    Column("finished", Double),
+    Index("jobs_by_state", "state", "number"),
+    Index("jobs_by_shape", "state", "shape", "number"),
+    Index("jobs_by_owner", "owner", "created"),
+    sqlite_autoincrement=True,
+)
 
-    name: Mapped[str] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(unique=True)
-    """SHA-256 of the token, which has 256 random bits and so needs no salt."""
-    created: Mapped[float]
+IMAGES = Table(
+    "images",
+    TABLES,
+    Column("id", String, primary_key=True),
+    Column("job", String, ForeignKey("jobs.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("file", String, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False, server_default="0"),
+    Column("score", Double),
+    UniqueConstraint("job", "number"),
+)
+
+TOKENS = Table(
+    "tokens",
+    TABLES,
+    Column("name", String, primary_key=True),
+    Column("digest", String, unique=True, nullable=False),
+    Column("created", Double, nullable=False),
+)
+"""Who may use the server; `digest` is the SHA-256 of the token, which has 256 random bits and so needs no salt."""

@@ -50,8 +50,6 @@ def run(config: ServeConfig) -> None:
     begin()
     service = Service(config)
     with closing(service.store):
-        if service.store.aside is not None:
-            log.warning("the database was damaged and moved aside", extra={"to": str(service.store.aside)})
         if config.require_tokens is not False and not is_this_machine(config.host) and not service.store.tokens():
             raise RunError(
                 f"Others can reach {config.host}, and there are no tokens; make one with "

@@ -27,8 +27,8 @@ def run(config: TokenConfig) -> None:
             store.add_token(config.name, digest(token))
             print(token)
         elif config.action == "list":
-            for row in store.tokens():
-                print(f"{row.name}  since {datetime.fromtimestamp(row.created, UTC):%Y-%m-%d %H:%M} UTC")
+            for name, created in store.tokens():
+                print(f"{name}  since {datetime.fromtimestamp(created, UTC):%Y-%m-%d %H:%M} UTC")
         elif not store.remove_token(config.name):
             raise RunError(f"There is no token for {config.name}; limner token list shows those there are.")
 

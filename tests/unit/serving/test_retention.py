@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("sqlalchemy")
+from sqlalchemy import insert
+
 from limner.serving.keeper import folder_of
 from limner.serving.retention import ROW, make_room, taken
 from limner.serving.store import Store, new_id
-from limner.serving.tables import ImageRow, JobRow
+from limner.serving.tables import IMAGES, ImageRow, JobRow
 from limner.serving.uploads import FRESH, Uploads
 
 SIZE = 10_000  # bytes of a picture
@@ -42,11 +44,11 @@ def ended(store: Store, out: Path, *, ago: float, state: str = "done", image: st
     file = folder_of(out, row.id) / "dog.png"
     file.parent.mkdir(parents=True)
     file.write_bytes(bytes(SIZE))
-    with store.session(write=True) as session:
-        session.add(row)
-        session.flush()
-        name = file.relative_to(out).as_posix()
-        session.add(ImageRow(id=new_id(), job=row.id, number=0, file=name, width=8, height=8, bytes=SIZE))
+    row = store.add(row, queue=100, rate=100, open_jobs=100)
+    name = file.relative_to(out).as_posix()
+    image = ImageRow(id=new_id(), job=row.id, number=0, file=name, width=8, height=8, bytes=SIZE)
+    with store.writing() as connection:
+        connection.execute(insert(IMAGES), vars(image))
     return row
 
 

@@ -11,6 +11,8 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -567,12 +569,17 @@ def test_a_damaged_database_is_moved_aside(queue: Queue, folder: Path, tmp_path:
     file = data / "jobs.sqlite"
     file.write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 64)
     damaged = sha256(file)
+    script = "from limner.cli import main; main()"
+    listed = [sys.executable, "-c", script, "token", "list", "--data", str(data)]
+    assert "damaged and moved to" in subprocess.run(listed, check=True, capture_output=True, text=True).stderr
+    (aside,) = data.glob("jobs.sqlite.damaged-*[0-9]")
+    aside.rename(file)
     with queue.serving(data, folder) as server:
         assert server.call("GET", "/v1/jobs")[1] == {"jobs": []}
         server.ended(server.call("POST", "/v1/jobs", {"prompt": PROMPT, "steps": 1})[1]["id"])
     (aside,) = data.glob("jobs.sqlite.damaged-*[0-9]")
     assert sha256(aside) == damaged
-    assert any("damaged" in line["event"] and line["to"] == str(aside) for line in server.lines())
+    assert any(f"damaged and moved to {aside}" in line["event"] for line in server.lines())
 
 
 def test_bad_starts_are_one_sentence(

@@ -13,7 +13,7 @@ from limner.diffusion.samplers import SAMPLERS, fitting
 from limner.errors import ConfigError
 from limner.generation import ranking
 from limner.generation.jobs import Spec
-from limner.serving.schemas import JobRequest
+from limner.serving.schemas import ImageView, JobRequest
 from limner.serving.service import Service
 from limner.serving.uploads import in_base64
 
@@ -125,19 +125,16 @@ class Controls:
             self.variation: settings.get("variation") or "",
             self.strength: str(settings.get("strength") or ""),
             self.loras: list(settings.get("loras", ())),
-            self.image: uploads.picture(image).image if (image := settings.get("image")) else None,
-            self.mask: uploads.mask(mask).image if (mask := settings.get("mask")) else None,
+            self.image: uploads.read(image, mask=False)[1].image if (image := settings.get("image")) else None,
+            self.mask: uploads.read(mask, mask=True)[1].image if (mask := settings.get("mask")) else None,
         }
 
-    def alone(self, settings: Mapping[str, Any], seed: int, size: str) -> dict[str, Any]:
+    def alone(self, settings: Mapping[str, Any], image: ImageView) -> dict[str, Any]:
         """The settings of a job that draw one of its pictures alone, with those that were left to the model."""
         spec = self.service.specs.get(settings["model"])
         left = {name: settings[name] or getattr(spec, name, None) for name in ("steps", "guidance")} | {"best_of": None}
-        rise = seed - settings["seed"]
-        if variation := settings.get("variation"):
-            other, _, strength = variation.partition(":")  # whose seed rises in place of the first
-            return {**settings, **left, "n": 1, "size": size, "variation": f"{int(other) + rise}:{strength}"}
-        return {**settings, **left, "n": 1, "size": size, "seed": seed}
+        own = {"n": 1, "size": f"{image.width}x{image.height}", "seed": image.seed, "variation": image.variation}
+        return {**settings, **left, **own}
 
     def _report(self, model: str) -> str:
         """A link to the report of a model that has one."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from limner.serving import schemas
 from limner.serving.schemas import JobView
 
 EMPTY = '<div class="easel empty"><p>Your picture appears here.</p></div>'
@@ -41,13 +42,13 @@ class Easel:
 
     def show(self, job: JobView) -> str:
         """HTML: a place for each picture, side by side with their seeds, and how the job stands."""
-        done = {image.seed: image for image in job.images}
-        first, prompt = int(job.settings["seed"]), escape(str(job.settings["prompt"]), quote=True)
+        done = {image.number: image for image in job.images}
+        prompt = escape(str(job.settings["prompt"]), quote=True)
         ended, n, best_of = job.finished is not None, int(job.settings.get("n", 1)), job.settings.get("best_of")
         places, preview = [], self.preview
         # Of the best of several it is only known at the end which they are, and in which order
-        for seed in done if best_of and ended else range(first, first + (1 if best_of else n)):
-            image = done.get(seed)
+        for number in done if best_of and ended else range(1 if best_of else n):
+            image = done.get(number)
             if image is not None:
                 inner = f'<a href="{image.url}" target="_blank"><img src="{image.url}" alt="{prompt}"></a>'
             elif ended:
@@ -56,7 +57,10 @@ class Easel:
                 inner, preview = f'<img class="preview" src="data:image/jpeg;base64,{preview}" alt="Preview">', None
             else:
                 inner = '<div class="blank"></div>'
-            caption = f"best {n} of {best_of}" if best_of and not ended else f"seed {seed}"
+            own = schemas.own(job.settings, number)
+            caption = f"best {n} of {best_of}" if best_of and not ended else f"seed {own['seed']}"
+            if own["variation"]:
+                caption += f", variation {own['variation']}"
             places.append(f"<figure>{inner}<figcaption>{caption}</figcaption></figure>")
         bar = "" if ended else _bar(job)
         pictures = f'<div class="easel n{min(len(places), 4)}">{"".join(places)}</div>' if places else EMPTY

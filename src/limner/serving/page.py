@@ -208,10 +208,7 @@ class Page:
         jobs = self.service.listed(_client(request).scope, drawn=True, limit=count)
         origin = f"{request.url.scheme}://{request.url.netloc}"
         pairs = [(job, image) for job in jobs for image in job.images]
-        pictures = [
-            self.controls.alone(job.settings, image.seed, f"{image.width}x{image.height}") | {"id": image.id}
-            for job, image in pairs
-        ]
+        pictures = [self.controls.alone(job.settings, image) | {"id": image.id} for job, image in pairs]
         older = {self.older: gr.update(visible=len(jobs) == count)}
         if pictures == before:
             return older

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -81,11 +82,25 @@ class ImageView(BaseModel):
     id: str
     url: str
     """Where the PNG is, at this server; its metadata has every setting."""
+    number: int
+    """From 0: which of the pictures that are drawn for the job it is."""
     seed: int
+    """Its own, which draws it alone."""
+    variation: str | None
+    """Its own too, where the job has one, whose seed then counts on."""
     width: int
     height: int
     score: float | None
     """How well it fits the prompt, with `best_of`: the cosine of both in the model's CLIP."""
+
+
+def own(settings: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Seed and variation of one of a job's pictures, as `make_jobs` counts them."""
+    seed, variation = settings["seed"], settings.get("variation")
+    if not variation:
+        return {"seed": seed + number, "variation": None}
+    other, _, strength = variation.partition(":")
+    return {"seed": seed, "variation": f"{int(other) + number}:{strength}"}
 
 
 class JobView(BaseModel):

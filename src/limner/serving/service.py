@@ -23,7 +23,7 @@ from limner.generation import ranking
 from limner.generation.jobs import Spec
 from limner.serving.changes import Changes
 from limner.serving.metrics import Metrics
-from limner.serving.schemas import ImageView, JobRequest, JobView
+from limner.serving.schemas import ImageView, JobRequest, JobView, own
 from limner.serving.shelf import Shelf, read_loras, read_models, read_reports
 from limner.serving.store import QueueFull, Store, new_id
 from limner.serving.tables import OPEN, ImageRow, JobRow, State
@@ -253,7 +253,6 @@ class Service:
 
     def _view(self, row: JobRow, images: Sequence[ImageRow], place: int | None) -> JobView:
         live = self.worker.step_of(row.id) if row.state == "running" else None
-        seed = row.settings["seed"]
         return JobView(
             id=row.id,
             number=row.number,
@@ -266,7 +265,8 @@ class Service:
                 ImageView(
                     id=image.id,
                     url=f"/v1/images/{image.id}",
-                    seed=seed + image.number,
+                    number=image.number,
+                    **own(row.settings, image.number),
                     width=image.width,
                     height=image.height,
                     score=image.score,

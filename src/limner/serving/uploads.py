@@ -82,14 +82,6 @@ class Uploads:
         """What a request begins with, whose pictures are kept. Raises DataError where one is not there."""
         return {name: self.read(digest, mask=name == "mask")[1] for name, digest in request.pictures.items()}
 
-    def picture(self, digest: str) -> Source:
-        """A picture to begin with. Raises DataError where it is not there."""
-        return self._decoded(self._kept(digest), mask=False)
-
-    def mask(self, digest: str) -> Source:
-        """A mask. Raises DataError where it is not there."""
-        return self._decoded(self._kept(digest), mask=True)
-
     def size(self) -> int:
         """Bytes of all."""
         return sum(file.stat().st_size for file in self._files())

@@ -10,11 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limner.serving import easel
+from limner.serving import easel, schemas
 from limner.serving.easel import Easel
 from limner.serving.schemas import ImageView, JobView
 
 SETTINGS = {"prompt": "A dog.", "seed": 7, "n": 3, "model": "builtin", "size": "16x16"}
+
+
+def image(id_: str, number: int) -> ImageView:
+    """One of the job's."""
+    own = schemas.own(SETTINGS, number)
+    return ImageView(id=id_, url=f"/v1/images/{id_}", number=number, width=16, height=16, score=None, **own)
 
 
 def job(**changed: Any) -> JobView:
@@ -27,7 +33,7 @@ def job(**changed: Any) -> JobView:
         "step": 5,
         "steps": 12,
         "settings": SETTINGS,
-        "images": [ImageView(id="a", url="/v1/images/a", seed=7, width=16, height=16, score=None)],
+        "images": [image("a", 0)],
         "error": None,
         "fault": False,
         "created": 0.0,
@@ -45,6 +51,15 @@ def test_each_picture_has_its_place_beside_the_others() -> None:
     assert '<progress max="12" value="5"' in shown
 
 
+def test_of_variations_it_is_theirs_that_count_on() -> None:
+    shown = Easel().show(job(settings=SETTINGS | {"variation": "20:0.25"}))
+    assert re.findall("<figcaption>(.*?)</figcaption>", shown) == [
+        "seed 7, variation 20:0.25",
+        "seed 7, variation 21:0.25",
+        "seed 7, variation 22:0.25",
+    ]
+
+
 def test_what_a_cancelled_job_never_drew_has_no_place() -> None:
     shown = Easel(preview="abcd").show(job(state="cancelled", finished=3.0))
     assert re.findall(r"seed \d+", shown) == ["seed 7"]
@@ -56,7 +71,7 @@ def test_of_the_best_of_several_only_the_end_shows_which_they_are() -> None:
     settings = SETTINGS | {"n": 2, "best_of": 5}
     shown = Easel(preview="abcd").show(job(settings=settings, images=[]))
     assert re.findall("<figcaption>(.*?)</figcaption>", shown) == ["best 2 of 5"]
-    best = [ImageView(id=str(s), url=f"/v1/images/{s}", seed=s, width=16, height=16, score=0.5) for s in (9, 7)]
+    best = [image(str(number), number) for number in (2, 0)]
     shown = Easel().show(job(settings=settings, images=best, state="done", finished=3.0))
     assert re.findall(r"seed \d+", shown) == ["seed 9", "seed 7"]
     assert "LoRA" in easel.facts(settings | {"loras": ["wild:0.5"]})

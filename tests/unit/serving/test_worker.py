@@ -97,6 +97,18 @@ def test_jobs_drawn_at_once_are_as_each_alone(service: Service, folders: list[st
             assert np.abs(image - np.asarray(alone)).max() <= 1
 
 
+def test_what_is_told_of_a_picture_draws_it_again(service: Service, folders: list[str]) -> None:
+    requests = [JobRequest(prompt="A dog.", seed=5, n=2, steps=2, variation=about) for about in (None, "20:0.25")]
+    jobs = ended(service, *map(service.submit, requests))
+    told = [(image.number, image.seed, image.variation) for job in jobs for image in job.images]
+    assert told == [(0, 5, None), (1, 6, None), (0, 5, "20:0.25"), (1, 5, "21:0.25")]
+    model = Model.load(folders[0], device="cpu")
+    for job in jobs:
+        for view, drawn in zip(job.images, pixels(service, job), strict=True):
+            (alone,) = model("A dog.", seed=view.seed, variation=view.variation, steps=2).images
+            assert np.abs(drawn - np.asarray(alone)).max() <= 1
+
+
 def test_a_job_that_can_t_be_drawn_fails_alone(service: Service) -> None:
     bad = service.submit(JobRequest(prompt="A dog.", seed=1, steps=2, image=noise(), strength=1))
     good = service.submit(JobRequest(prompt="A dog.", seed=1, steps=2))

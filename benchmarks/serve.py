@@ -24,6 +24,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ os.environ.update(settings.WAITING)  # as the command line does, so that the eng
 PROMPT = "A golden retriever playing in a field."
 STEPS = 4
 CLIENTS = (1, 8, 32)
-ROUNDS = 4
+ROUNDS = 5
 LIMNER = [sys.executable, "-c", "from limner.cli import main; main()"]
 
 
@@ -138,18 +139,18 @@ def load(server: Server, clients: int, pictures: int, *, own: bool = False) -> t
 
 
 def compared(server: Server, model: Any, clients: int, pictures: int, *, own: bool = False) -> dict[str, float]:
-    """Server and engine in turns, since a machine's speed drifts."""
-    engine = served = 0.0
-    latencies: list[float] = []
+    """Server and engine in turns, since a machine's speed drifts, and the median turn of each, since others use it."""
+    each = pictures // ROUNDS
+    engine, served, latencies = [], [], []
     for _ in range(ROUNDS):
-        engine += bare(model, pictures // ROUNDS, clients)
-        taken, drawn = load(server, clients, pictures // ROUNDS, own=own)
-        served += taken
+        engine.append(bare(model, each, clients))
+        taken, drawn = load(server, clients, each, own=own)
+        served.append(taken)
         latencies += drawn
     return {
-        "pictures_a_second": round(len(latencies) / served, 2),
-        "engine_pictures_a_second": round(len(latencies) / engine, 2),
-        "share_of_engine": round(engine / served, 3),
+        "pictures_a_second": round(each / median(served), 2),
+        "engine_pictures_a_second": round(each / median(engine), 2),
+        "share_of_engine": round(median(engine) / median(served), 3),
         **percentiles(latencies),
     }
 
@@ -178,7 +179,7 @@ def main() -> None:
     """Measure, print, and keep the result under the machine's name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--name", required=True, help="name of the machine, for the file of results")
-    parser.add_argument("--pictures", type=int, default=256, help="pictures drawn for each figure (default 256)")
+    parser.add_argument("--pictures", type=int, default=320, help="pictures drawn for each figure (default 320)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         figures: dict[str, Any] = {"cold_generate_s": round(cold_generate(Path(place) / "pictures"), 2)}

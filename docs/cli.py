@@ -24,7 +24,7 @@ the flags. `--set` and `--config` reach every setting of a command, also those w
 their explanations, in [config/](../src/limner/config). Running the same command again resumes it.
 
 Exit codes: 0 done; 2 a mistake in the command or its input, with one sentence on what to do; 130 interrupted; 1 a
-fault of Limner's own, with a traceback.
+fault of Limner's own, with a traceback, or of `replay` that the pictures differ.
 """
 PLAIN = {"TERMINAL_WIDTH": "80", "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
 PROGRAM = """

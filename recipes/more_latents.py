@@ -59,7 +59,7 @@ def more_channels(old: Any, channels: int) -> Any:
     before = old.config["latent_channels"]
     if channels <= before:
         raise SystemExit(f"--channels must be more than the {before} that there are.")
-    new = type(old).from_config({**old.config, "latent_channels": channels})
+    new = type(old).from_config(old.config, latent_channels=channels)
     means, others = torch.arange(before), torch.arange(before, channels)
     moments = torch.cat([means, channels + means])  # where old moments lie among the new
     weights, given = new.state_dict(), old.state_dict()  # of `new` itself: what is written there is its own
@@ -99,7 +99,7 @@ def statistics(vae: Any, data: Path, size: int) -> tuple[Tensor, Tensor]:
 def more_room(old: Any, channels: int) -> Any:
     """A U-Net that answers for the first channels as `old` does, and nothing for the others, which it does not heed."""
     before = old.config["in_channels"]
-    new = type(old).from_config({**old.config, "in_channels": channels, "out_channels": channels})
+    new = type(old).from_config(old.config, in_channels=channels, out_channels=channels)
     weights, given = new.state_dict(), old.state_dict()  # of `new` itself: what is written there is its own
     for name, weight in given.items():
         if weights[name].shape == weight.shape:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
 import limner as package
-from limner.artifacts import identity, read_json, sha256, sha256_folder
+from limner.artifacts import identity, read_json, sha256, sha256_folder, write_json
 from limner.config import AssembleConfig, TrainClipConfig
 from limner.errors import ConfigError, ModelError, UserError
 from limner.evaluation.mixing import mixed
@@ -338,7 +338,33 @@ def test_a_plan_writes_nothing(parts: dict[str, str], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_tells_the_size_of_a_unet_that_is_not_square(parts: dict[str, str], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(parts["unet"], tmp_path / "unet"))
+    file = other / "model" / "unet" / "config.json"
+    factor = SIDE // read_json(file)["sample_size"]
+    for size, said in ([4, 6], f"{6 * factor}x{4 * factor} pixels"), (None, None):
+        write_json(file, read_json(file) | {"sample_size": size})
+        asked = settings({**parts, "unet": str(other)}, tmp_path / "m")
+        if said is None:
+            refused(asked, ModelError, "The U-Net doesn't say its sample_size")
+        else:
+            assert assemble.plan(asked)["draws"] == said
+
+
 # ---- mistakes
+
+
+def test_a_vae_that_the_unet_was_not_trained_on_is_told(
+    parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assemble.plan(settings(parts, tmp_path / "m"))
+    assert "another VAE" not in caplog.text
+    other = Path(shutil.copytree(parts["vae"], tmp_path / "vae"))
+    file = next((other / "model" / "vae").glob("*.safetensors"))
+    weights = load_file(file)
+    save_file(weights | {"quant_conv.bias": weights["quant_conv.bias"] + 1}, file, {"format": "pt"})
+    assemble.plan(settings({**parts, "vae": str(other)}, tmp_path / "m"))
+    assert f"was trained on latents of another VAE than {other}" in caplog.text
 
 
 def test_parts_that_do_not_fit_are_named(parts: dict[str, str], tmp_path: Path) -> None:

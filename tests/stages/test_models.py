@@ -223,8 +223,18 @@ def test_bench_draws_the_curve_of_a_judge_over_a_datasets_captions(
         assert plot.width > 500
     refused = said(capfd, "bench", folder, "--judge", tmp_path / "own", "--out", tmp_path / "no", code=2)
     assert "reads its prompts with" in refused
-    refused = said(capfd, "bench", folder, "--data", no_val, "--out", tmp_path / "no", code=2)
-    assert "no captioned pictures in its val split" in refused
+    for flags in ([], ["--dry-run"]):
+        refused = said(capfd, "bench", folder, "--data", no_val, "--out", tmp_path / "no", *flags, code=2)
+        assert "no captioned pictures in its val split" in refused
+    assert "prompts" in said(capfd, "bench", folder, "--set", "prompts=[]", "--dry-run", code=2)
+    assert not (tmp_path / "no").exists()
+
+
+def test_without_matplotlib_bench_draws_nothing(
+    folder: Path, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limner.stages.bench.find_spec", lambda _: None)
+    assert "pip install 'limner[eval]'" in said(capfd, "bench", folder, "--out", tmp_path / "no", code=2)
     assert not (tmp_path / "no").exists()
 
 

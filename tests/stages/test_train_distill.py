@@ -69,6 +69,13 @@ def test_a_student_learns_what_its_teacher_draws(student: Path) -> None:
     assert (student / "samples" / "000000640" / "drawn.png").is_file()
 
 
+def test_a_student_is_not_trained_as_if_it_were_none(student: Path, latents: Path, tmp_path: Path) -> None:
+    asked = config(TrainUnetConfig, latents, tmp_path / "r", model=str(student))
+    with pytest.raises(ConfigError, match=f"{student} is a student of limner train distill; train its teacher"):
+        train_unet.run(asked)
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_student_may_teach(student: Path, latents: Path, tmp_path: Path) -> None:
     assert lossless(latents, tmp_path / "a", student, steps=2, substeps=1) < 1e-9, "whatever the guidance"
     assert lossless(latents, tmp_path / "b", student, steps=1, substeps=2) > 1e-8

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from limner.config import EncodeConfig, TrainUnetConfig
-from limner.errors import ModelError
+from limner.errors import DataError, ModelError
 from limner.evaluation import trajectory
 from limner.models import loading
 from limner.stages import encode, train_unet
@@ -45,6 +47,19 @@ def test_the_last_checkpoint_is_the_result_and_the_first_is_not(
         checkpoints.load_average(checkpoint, network)
         same.append(all(torch.equal(network.state_dict()[name], weight) for name, weight in wanted.items()))
     assert same == [False, True]
+
+
+def test_encoders_that_changed_since_are_not_drawn_with(data: Path, clip: Path, vae: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(vae, tmp_path / "vae"))
+    latents = encode.run(config(EncodeConfig, data, tmp_path / "latents", clip=str(clip), vae=str(own)))
+    run = train_unet.run(config(TrainUnetConfig, latents, tmp_path / "r"))
+    found = trajectory.find(run)
+    assert set(trajectory.assemble(run, found, tmp_path / "out")) == set(found)
+    file = next((own / "model" / "vae").glob("*.safetensors"))
+    weights = load_file(file)
+    save_file(weights | {"quant_conv.bias": weights["quant_conv.bias"] + 1}, file, {"format": "pt"})
+    with pytest.raises(DataError, match=f"is stale, as the VAE {own} changed since"):
+        trajectory.assemble(run, found, tmp_path / "out")
 
 
 def test_a_damaged_checkpoint_is_named(unet: Path, tmp_path: Path) -> None:

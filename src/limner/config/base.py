@@ -28,6 +28,7 @@ class CommandConfig(BaseModel):
     """What all commands share, also those that only answer a question."""
 
     model_config = ConfigDict(
+        defer_build=True,  # each command needs its own alone
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,

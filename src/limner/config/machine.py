@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from limner.config.base import FLAG, Argument, CommandConfig, Flag, StageConfig
 from limner.config.stages import Engine, Precision
@@ -82,7 +82,7 @@ class BenchConfig(StageConfig):
     """A dataset folder, of whose val captions the first `n` are drawn in place of `prompts`."""
     n: Annotated[PositiveInt, Flag(("-n",))] = 32
     """How many of those."""
-    prompts: tuple[str, ...] = (
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "A golden retriever playing in a field.",
         "A toddler playing in a sandbox.",
         "A man in a red jacket climbs a rock.",

@@ -7,16 +7,15 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import PurePosixPath
-from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from limner.data.findings import NOT_A_PICTURE, Rejected
+from limner.data.pictures import eight_bits, upright
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # none that starts a program
 SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}  # kept as they are; first is the usual
@@ -139,14 +138,12 @@ def _upright_rgb(image: Image.Image, data: bytes, keep_alpha: bool) -> tuple[Ima
     changes: list[str] = []
     if getattr(image, "n_frames", 1) > 1:
         changes.append(FIRST_FRAME)
-    upright = image
-    with suppress(Exception):  # damaged EXIF: the picture stays as it lies
-        if image.getexif().get(0x0112, 1) in range(2, 9):  # Orientation
-            upright = ImageOps.exif_transpose(image)
-            changes.append("turned upright")
+    turned = upright(image)
+    if turned is not image:
+        changes.append("turned upright")
     if image.format == "PNG" and image.mode == "RGB" and data[24:25] == b"\x10":  # bit depth in its header
         changes.append("16 bits to 8")  # Pillow did it while decoding
-    rgb = _rgb(upright, keep_alpha)
+    rgb = _rgb(turned, keep_alpha)
     if image.mode != rgb.mode:
         changes.append(f"{image.mode} to {rgb.mode}")
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
@@ -157,9 +154,7 @@ def _upright_rgb(image: Image.Image, data: bytes, keep_alpha: bool) -> tuple[Ima
 
 
 def _rgb(image: Image.Image, keep_alpha: bool) -> Image.Image:
-    if image.mode.startswith("I"):  # I;16, I;16B or I: Pillow would clip at 255 what runs to 65535
-        values: Any = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    image = eight_bits(image)
     if image.mode == "F":
         raise Rejected("broken picture", "floating-point pixels, whose range is unknown")
     if image.has_transparency_data:

@@ -40,6 +40,7 @@ NO_PICTURE = "caption without picture"
 MISSING = "missing picture"
 OUTSIDE = "in none of the split lists"
 SAME_NAME = "name appears twice"
+SAID_TWICE = "captions stand in another file too"
 UNREADABLE = "can't be read"
 BAD_LINE = "line can't be understood"
 

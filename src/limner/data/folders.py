@@ -18,6 +18,7 @@ from limner.data.findings import (
     NO_PICTURE,
     NOT_A_PICTURE,
     NOT_UTF8,
+    SAID_TWICE,
     SAME_NAME,
     Finding,
     Rejected,
@@ -36,10 +37,14 @@ def read_imagefolder(path: Path) -> Source:
     entries, findings = list_source(path)
     names = {entry.name: entry for entry in entries}
     metadata = [entry for entry in entries if base(entry.name) in ("metadata.jsonl", "metadata.csv")]
+    told = {PurePosixPath(entry.name).parent for entry in metadata if entry.name.endswith(".jsonl")}
     captions: dict[str, list[str]] = defaultdict(list)
     unsafe = {finding.file for finding in findings if finding.reason == ESCAPES}
     lost: dict[str, Finding] = {}  # one a picture, however many captions it has
     for entry in metadata:
+        if entry.name.endswith(".csv") and PurePosixPath(entry.name).parent in told:
+            findings.append(Finding(entry.name, SAID_TWICE, "metadata.jsonl beside it is read"))
+            continue
         for name, texts in _metadata(entry, findings):
             inside = (PurePosixPath(entry.name).parent / name).as_posix()
             if escapes(name):
@@ -186,12 +191,14 @@ def _sample(shard: str, files: list[Entry], findings: list[Finding]) -> list[Pic
 
 
 def _split_by_folder(pictures: list[Picture]) -> tuple[list[Picture], str | None]:
-    """Take the splits from folders or shards named train, val and test, if all pictures lie in such."""
+    """Take the splits from folders or shards named train, val and test, if all captioned pictures lie in such, or all
+    where none has a caption."""
     splits = []
     for picture in pictures:
         parts = [part.lower() for part in picture.name.split("/")[:-1]]
         words = [re.split(r"[^a-z]", part)[0] if part.endswith(".tar") else part for part in parts]
         splits.append(next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None))
-    if None in splits or "train" not in splits:
+    told = {split for picture, split in zip(pictures, splits) if picture.captions} or {*splits}
+    if None in told or "train" not in told:
         return pictures, None
     return [replace(p, split=split) for p, split in zip(pictures, splits)], "the source's train, val and test folders"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limner.artifacts import atomic_file, identity, is_finished, write_json
+from limner.artifacts import atomic_file, identity, is_finished, read_json, write_json
 from limner.config import EncodeConfig
 from limner.data.dataset import Split, split_identity
 from limner.errors import DataError
@@ -49,6 +49,18 @@ def encoder_parents(config: EncodeConfig) -> dict[str, str]:
     if config.features is not None:
         parents["features"] = loading.identity(config.features, "clip")
     return parents
+
+
+def refuse_stale(folder: Path, settings: EncodeConfig) -> None:
+    """Raise DataError where what a cache was made from has changed since; the dataset may be gone."""
+    parents = read_json(folder / "manifest.json")["parents"]
+    data = dataset_parents(settings.data) if (settings.data / "dataset.json").is_file() else parents
+    now = {**data, **encoder_parents(settings)}
+    if changed := sorted(role for role in {**parents, **now} if parents.get(role) != now.get(role)):
+        named = {"vae": f"the VAE {settings.vae}", "clip": f"the text encoder {settings.clip}"}
+        named |= {"adapter": f"the adapter of {settings.clip}", "features": f"the CLIP {settings.features}"}
+        what = " and ".join(named.get(role, f"{role} of {settings.data}") for role in changed)
+        raise DataError(f"{folder} is stale, as {what} changed since; encode into a new folder.")
 
 
 def write_array(path: Path, shape: Sequence[int], parts: Iterable[Tensor]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from limner.artifacts import atomic_file
@@ -20,6 +20,7 @@ Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of a picture, in pixels, as Pillow counts them."""
 
+ORIENTATION = 0x0112  # EXIF's number for it
 _SIDES = re.compile(r"\b(left|right)(most|hand)?\b", re.IGNORECASE)
 
 
@@ -45,9 +46,29 @@ def load_crop(path: Path, size: int, rng: np.random.Generator, *, min_scale: flo
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture in mode RGB, or RGBA where parts of it are see-through. Raises DataError when it can't be read."""
+    """A picture as people see it, in mode RGB, or RGBA where parts of it are see-through.
+
+    Raises DataError when it can't be read.
+    """
     with _named(path), Image.open(path) as image:
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+        seen = eight_bits(upright(image))
+        return seen.convert("RGBA" if seen.has_transparency_data else "RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says; the same where that says nothing, or is damaged."""
+    with suppress(Exception):
+        if image.getexif().get(ORIENTATION, 1) in range(2, 9):
+            return ImageOps.exif_transpose(image)
+    return image
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16 bits in grey in 8, which Pillow would clip; the same where it is another."""
+    if not image.mode.startswith("I"):  # I;16, I;16B or I
+        return image
+    values = np.asarray(image).astype(np.int64)
+    return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 def read_shape(path: Path) -> tuple[Size, bool]:

@@ -123,7 +123,10 @@ def read_csv(entry: Entry, findings: list[Finding]) -> Iterator[tuple[str, str]]
     lines = list(decode_lines(read_text(entry)))
     # strict, or else a quote that is never closed would take all rows after it for one caption
     rows = csv.reader((line.replace("\0", "") for line, _ in lines), strict=True)
-    header = [cell.strip().lower() for cell in next(rows, [])]
+    try:
+        header = [cell.strip().lower() for cell in next(rows, [])]
+    except csv.Error as error:
+        raise _broken(entry, rows.line_num, error) from None
     name_at = next((header.index(c) for c in ("file_name", "image", "filename") if c in header), None)
     text_at = next((header.index(c) for c in ("text", "caption", "captions") if c in header), None)
     if name_at is None or text_at is None:
@@ -143,4 +146,8 @@ def read_csv(entry: Entry, findings: list[Finding]) -> Iterator[tuple[str, str]]
                 findings.append(Finding(name, NOT_UTF8, f"{entry.name}, line {before}; read as Windows-1252", True))
             yield name, row[text_at]
     except csv.Error as error:
-        raise DataError(f"{entry.name} can't be read as CSV near line {rows.line_num} ({error}); mend it.") from None
+        raise _broken(entry, rows.line_num, error) from None
+
+
+def _broken(entry: Entry, line: int, error: csv.Error) -> DataError:
+    return DataError(f"{entry.name} can't be read as CSV near line {line} ({error}); mend it.")

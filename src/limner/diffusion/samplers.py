@@ -171,7 +171,8 @@ def named(name: str, given: Any) -> Any:
         shift = config.get("flow_shift", config.get("shift", 1.0))
         kept = {"num_train_timesteps": config["num_train_timesteps"], "flow_shift": shift}
         settings = settings | {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    return as_in_stable_diffusion(getattr(diffusers, cls).from_config(kept | settings))
+    # By name, as Diffusers passes over what of a configuration its file left to defaults
+    return as_in_stable_diffusion(getattr(diffusers, cls).from_config(kept, **settings))
 
 
 def as_in_stable_diffusion(scheduler: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,10 @@ def photographs(records: Sequence[Record], n: int | None) -> list[Record]:
     return captioned[:n]
 
 
-def from_folder(folder: Path, label: str, real: Sequence[Record]) -> Contender:
+def from_folder(folder: Path, label: str, real: Sequence[Record], others: Container[str] = ()) -> Contender:
     """The pictures of a folder, in any format. metadata.jsonl, metadata.csv or .txt files give captions as for
     `limner prepare imagefolder`, or else the names do: those of the photographs `real`, whatever their endings.
+    Pictures named as `others`, photographs that are not asked for, are passed over.
 
     Raises DataError where the folder has no pictures, one of them has no caption, a line of captions can't be
     understood, or none can be read.
@@ -79,7 +80,8 @@ def from_folder(folder: Path, label: str, real: Sequence[Record]) -> Contender:
         own = [text for text in map(clean_caption, picture.captions) if text]
         caption = own[0] if own else by_name.get(Path(picture.name).stem)
         if caption is None:
-            uncaptioned.append(picture.name)
+            if Path(picture.name).stem not in others:
+                uncaptioned.append(picture.name)
             continue
         try:
             sizes[read_picture(picture.entry.path).size] += 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from limner.artifacts import atomic_folder, read_json, write_json
 from limner.config import EncodeConfig
+from limner.data.latents import refuse_stale
 from limner.errors import ModelError
 from limner.models import adapter, loading, pipeline
 from limner.training import checkpoints
@@ -31,9 +32,11 @@ def assemble(run: Path, found: Mapping[int, Path], out: Path) -> dict[int, Path]
     """Write the weight average of each checkpoint as a model below `out`, with the VAE and the CLIP that the run was
     trained on; what is there already is kept. -> the folders by the images seen.
 
-    Raises ModelError where a part or a checkpoint can't be read.
+    Raises ModelError where a part or a checkpoint can't be read, DataError where VAE or CLIP are others by now.
     """
-    encoded = EncodeConfig.model_validate(read_json(Path(read_json(run / "config.json")["data"]) / "config.json"))
+    cache = Path(read_json(run / "config.json")["data"])
+    encoded = EncodeConfig.model_validate(read_json(cache / "config.json"))
+    refuse_stale(cache, encoded)
     parents = {"vae": loading.identity(encoded.vae, "vae"), "clip": loading.text_identity(encoded.clip)}
     folders = {images: out / f"{images}-images" for images in found}
     for images, folder in folders.items():

@@ -55,7 +55,7 @@ def with_guidance(unet: Any) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     width = unet.config.get("time_cond_proj_dim") or GUIDANCE_WIDTH
-    student = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": width})
+    student = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=width)
     weights = unet.state_dict()
     reads = student.time_embedding.cond_proj.weight
     weights.setdefault("time_embedding.cond_proj.weight", torch.zeros_like(reads))

@@ -118,7 +118,9 @@ def decode_in_tiles(vae: Any) -> None:
 
 
 def _affine(vae_config: Any) -> tuple[float, float]:
-    return float(vae_config["scaling_factor"]), float(vae_config.get("shift_factor") or 0.0)
+    # Diffusers' defaults, which files of its early versions leave out
+    usual = 0.18215 if has_variance(vae_config) else 1.0
+    return float(vae_config.get("scaling_factor", usual)), float(vae_config.get("shift_factor") or 0.0)
 
 
 @torch.no_grad()

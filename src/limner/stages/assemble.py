@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from limner.models.card import model_card
 from limner.models.clip import Clip
 from limner.progress import progress
 from limner.settings import MISSION
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAPTIONS = (*MISSION, "A man riding a bicycle down a street.", "A plate of food on a wooden table.")
@@ -78,10 +81,11 @@ def plan(config: AssembleConfig) -> dict[str, Any]:
         networks["CLIP"] = parts.clip.network
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
     size = sum(counts.values()) * DTYPES[config.precision].itemsize
-    side = parts.unet.config["sample_size"] * vaes.factor(parts.vae.config)
+    side, factor = parts.unet.config["sample_size"], vaes.factor(parts.vae.config)
+    height, width = (side, side) if isinstance(side, int) else side
     return {
         **{name: f"{count / 1e6:.1f} M parameters" for name, count in counts.items()},
-        "draws": f"{side}x{side} pixels",
+        "draws": f"{width * factor}x{height * factor} pixels",
         "disk": f"{size / 1e6:,.0f} MB in {config.precision}",
         "out": config.out,
     }
@@ -96,6 +100,13 @@ def _load(config: AssembleConfig) -> Parts:
         "unet": loading.identity(config.unet, "unet"),
     }
     has_clip = "clip" in loading.parts_in(loading.resolve(config.clip))  # a Stable Diffusion folder has none
+    if _manifest(config.unet).get("vae") not in (None, vaes.encoder_identity(config.vae)):
+        log.warning(
+            "The U-Net of %s was trained on latents of another VAE than %s, or of that one in another precision; of "
+            "another, pictures will be wrong.",
+            config.unet,
+            config.vae,
+        )
     adapter = adapters.find(config.clip)
     if folded := _adapter_in(config.unet):
         parents["adapter"] = folded
@@ -151,6 +162,8 @@ def _check_fit(parts: Parts) -> None:
     )
     if wrong := [f"{one} {a} against {other} {b}" for one, a, other, b in pairs if a != b]:
         raise ModelError(f"The parts don't fit together: {', '.join(wrong)}; take parts that were trained together.")
+    if unet["sample_size"] is None:
+        raise ModelError("The U-Net doesn't say its sample_size, in latents; write it into its config.json.")
 
 
 def _columns(config: AssembleConfig, parts: Parts) -> dict[str, Tensor]:

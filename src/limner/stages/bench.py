@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ OWN = "the model's own"
 
 def run(config: BenchConfig) -> Path:
     """Write `bench.json` and `bench.png` into `config.out`. Raises ConfigError, DataError and ModelError."""
+    _require_plot()
     spec = read_spec(config.model)
-    prompts = config.prompts if config.data is None else _captions(config.data, config.n)
+    prompts = _prompts(config)
     axis, score = _own_clip(spec) if config.judge is None else _judge(config.judge, spec)
     from limner.evaluation import plots
 
@@ -45,12 +47,13 @@ def run(config: BenchConfig) -> Path:
 
 def plan(config: BenchConfig) -> dict[str, Any]:
     """What `run` would measure; nothing is fetched."""
+    _require_plot()
     models, settings = len(_models(config)), len(_settings(config))
     there = loading.resolve_here(config.model)
     return {
         "model": f"{config.model}, to be fetched" if there is None else read_spec(config.model, there).ref,
         "settings": models * settings,
-        "pictures": models * (settings * (len(config.prompts) if config.data is None else config.n) + 1),
+        "pictures": models * (settings * len(_prompts(config)) + 1),
         "out": config.out,
     }
 
@@ -103,13 +106,25 @@ def measure(config: BenchConfig, spec: Spec, prompts: Sequence[str], score: Scor
     return rows
 
 
-def _captions(data: Path, n: int) -> list[str]:
-    """The first captions of the first photographs of the split that one chooses by. Raises DataError."""
+def _require_plot() -> None:
+    if find_spec("matplotlib") is None:
+        raise ConfigError("The plot needs matplotlib; install with: pip install 'limner[eval]'.")
+
+
+def _prompts(config: BenchConfig) -> Sequence[str]:
+    """Those of the settings, or the first captions of the first photographs of the split that one chooses by.
+
+    Raises DataError.
+    """
+    if config.data is None:
+        return config.prompts
     from limner.data.dataset import read_split
     from limner.evaluation.contenders import photographs
 
-    if not (found := photographs(read_split(data, "val"), n)):
-        raise DataError(f"{data} has no captioned pictures in its val split; prepare it with --val-share above 0.")
+    if not (found := photographs(read_split(config.data, "val"), config.n)):
+        raise DataError(
+            f"{config.data} has no captioned pictures in its val split; prepare it with --val-share above 0."
+        )
     return [record.captions[0] for record in found]
 
 

@@ -150,7 +150,8 @@ def _require_report() -> None:
 
 def _read(config: EvaluateConfig) -> tuple[list[Record], list[Entry], list[Contender]]:
     """The photographs with their captions, what is to be drawn, and the folders of pictures that are given."""
-    real = photographs(read_split(config.data, config.split), config.n)
+    split = read_split(config.data, config.split)
+    real = photographs(split, config.n)
     if len(real) < LEAST:
         raise DataError(f"{config.data} has {len(real)} captioned pictures in {config.split}; {LEAST} are the least.")
     refs = [*config.models, *map(str, config.images)]
@@ -163,7 +164,8 @@ def _read(config: EvaluateConfig) -> tuple[list[Record], list[Entry], list[Conte
             make_jobs(spec, settings.MISSION, steps=steps, guidance=guidance)  # which refuses what can't be drawn
             entry = _entry(config, name, spec, steps, guidance, x)
             entries.append(_apart(entry, [other.folder for other in entries]))
-    folders = [from_folder(path, name, real) for path, name in zip(config.images, names[len(config.models) :])]
+    others = {record.path.stem for record in split}
+    folders = [from_folder(path, name, real, others) for path, name in zip(config.images, names[len(config.models) :])]
     return real, entries, folders
 
 

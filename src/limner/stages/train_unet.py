@@ -17,6 +17,7 @@ from limner.config import TrainLoraConfig, TrainUnetConfig
 from limner.data.dataset import read_split
 from limner.data.latents import LatentCache
 from limner.diffusion import objectives, schedulers
+from limner.diffusion.guidance import is_folded
 from limner.errors import ConfigError, DataError, ModelError
 from limner.evaluation.extractors import features_of
 from limner.evaluation.watch import Watch
@@ -67,6 +68,8 @@ class TrainUnet:
             self.unet = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
             self._refuse_other_kind(config.model)
+            if is_folded(self.unet):  # whose guidance scale is an input that distillation alone gives
+                raise ConfigError(f"{config.model} is a student of limner train distill; train its teacher instead.")
             self.encoded.refuse_misfit(self.unet, config.model)
             if isinstance(config, TrainLoraConfig) or config.tune != "full":  # else it may get used to other latents
                 self.encoded.refuse_other_vae(config.model)

@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 
 from limner.artifacts import identity, read_json
 from limner.config import EncodeConfig, TrainConfig
-from limner.data.latents import LatentCache, dataset_parents, encoder_parents
+from limner.data.latents import LatentCache, refuse_stale
 from limner.data.pictures import may_flip, save_grid
 from limner.diffusion.objectives import draw_noise
 from limner.errors import ConfigError, DataError, ModelError
@@ -22,6 +22,7 @@ from limner.generation.engine import denoise, encode_prompts, initial_noise
 from limner.models import adapter as adapters
 from limner.models import loading
 from limner.models import vae as vaes
+from limner.settings import resolve
 from limner.training.stream import Example, Stream
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,8 @@ class Encoded:
         if not len(self.val):
             raise DataError(f"{folder} has no pictures in its val split; encode a dataset with some.")
         # EncodeConfig, to know the VAE and the text encoder that samples are drawn with
-        self.settings = EncodeConfig.model_validate(read_json(folder / "config.json"))
-        self._refuse_stale()
+        self.settings = resolve(EncodeConfig, read_json(folder / "config.json"))
+        refuse_stale(folder, self.settings)
         self.vae_config = loading.read_config(loading.component(self.settings.vae, "vae") / "config.json")
         self.prompt_states, self.empty = self._prompt_states(sample_prompts)  # (P, L, D), (1, L, D)
         side = self.settings.size // vaes.factor(self.vae_config)
@@ -60,17 +61,6 @@ class Encoded:
         # For the manifest of a training: which text encoder its U-Net reads, and of which VAE its latents are
         self.facts: dict[str, Any] = {"text": manifest.get("text"), "vae": manifest["parents"]["vae"]}
         self.identity = identity(folder / "cache", "*")
-
-    def _refuse_stale(self) -> None:
-        """Raise DataError where what the cache was made from has changed since; the dataset may be gone."""
-        settings, parents = self.settings, read_json(self.folder / "manifest.json")["parents"]
-        data = dataset_parents(settings.data) if (settings.data / "dataset.json").is_file() else parents
-        now = {**data, **encoder_parents(settings)}
-        if changed := sorted(role for role in {**parents, **now} if parents.get(role) != now.get(role)):
-            named = {"vae": f"the VAE {settings.vae}", "clip": f"the text encoder {settings.clip}"}
-            named |= {"adapter": f"the adapter of {settings.clip}", "features": f"the CLIP {settings.features}"}
-            what = " and ".join(named.get(role, f"{role} of {settings.data}") for role in changed)
-            raise DataError(f"{self.folder} is stale, as {what} changed since; encode into a new folder.")
 
     def _prompt_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         states = [self.val.states(index, 0) for index in self.val.captioned(SHOWN)]

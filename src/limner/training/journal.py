@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, get_available_trackers
 from torch import Tensor
 
+from limner.artifacts import write_text
 from limner.config import TrainConfig
 from limner.errors import ConfigError
 from limner.training import memory
@@ -30,7 +30,8 @@ def refuse_unavailable(trackers: tuple[str, ...]) -> None:
 class Journal:
     """Writes figures by the number of images seen; the rate counts this process's part of the run alone."""
 
-    def __init__(self, folder: Path, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, accelerator: Accelerator, seen: int) -> None:
+        """Go on after `seen` images: what was written past them comes again, and is removed."""
         self.file = folder / "events.jsonl"
         self.accelerator = accelerator
         # TensorBoard takes the project for a folder's name, so that it is given one of its own
@@ -44,7 +45,8 @@ class Journal:
             if tracker.name != "tensorboard":  # which would make a run of its own of them
                 tracker.store_init_configuration(plain)
         if accelerator.is_main_process and self.file.exists():
-            os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)  # of a line that a kill cut nothing is left
+            whole = self.file.read_text(encoding="utf-8").split("\n")[:-1]  # of a line that a kill cut nothing is left
+            write_text(self.file, "".join(f"{line}\n" for line in whole if json.loads(line)["images"] <= seen))
         self.started: tuple[float, int] | None = None
 
     def write(self, seen: int, figures: dict[str, Any]) -> None:

@@ -145,7 +145,7 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
     network = accelerator.prepare(task.network)  # for which processes meet, so that none still reads what is tidied
     on_main(accelerator, checkpoints.tidy, run.checkpoints, config.keep_checkpoints, facts)
     lanes = Lanes.of(_compiled(network, config), config, accelerator)
-    journal = Journal(run.folder, config, accelerator)
+    journal = Journal(run.folder, config, accelerator, facts.images)
     batches = task.stream.batches(
         facts.images,
         config.images,
@@ -265,7 +265,7 @@ def _write_result(
     task: Task, average: WeightAverage, facts: Facts, config: TrainConfig, run: Run
 ) -> dict[str, float] | None:
     """Write the weight average, the last or the best, as the result. -> the figures of its validation."""
-    if config.result == "best":
+    if config.result == "best" and facts.best_at is not None:  # none yet where `images` was lowered
         facts = checkpoints.load_best(run.checkpoints, task.network, average)
     task.network.eval()
     with average.applied(), atomic_folder(run.model) as folder:

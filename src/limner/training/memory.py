@@ -18,6 +18,7 @@ from torch import Tensor
 from limner import system
 from limner.config import TrainConfig
 from limner.errors import RunError
+from limner.models import loading
 from limner.training.lanes import Lanes
 from limner.training.task import Task, loss
 
@@ -109,10 +110,12 @@ def remedies(config: TrainConfig, accelerator: Accelerator) -> str:
 
 @contextmanager
 def shortage(config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Raise RunError with what would help in place of torch.OutOfMemoryError."""
+    """Raise RunError with what would help where memory does not suffice."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:  # on a CPU PyTorch has no class of its own for it
+        if not (isinstance(error, torch.OutOfMemoryError) or loading.is_out_of_memory(error)):
+            raise
         images = held(config, accelerator)
         raise RunError(
             f"Memory does not suffice for {images} images at once; {remedies(config, accelerator)}."

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from limner.errors import UserError
+
 Example = dict[str, Any]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -79,10 +81,15 @@ class Stream(Dataset[Example]):
         shares = (list(range(start + rank, start + batch_size, world)) for start in starts)
         # Forked workers share the examples' memory, and end when their parent is killed.
         context = "fork" if workers and sys.platform == "linux" else None
-        yield from DataLoader(
+        loader = DataLoader(
             self,
             batch_sampler=shares,
             num_workers=workers,
             multiprocessing_context=context,
             pin_memory=torch.cuda.is_available(),  # from where a GPU takes them while it computes
         )
+        try:
+            yield from loader
+        except UserError as error:  # of a worker, before whose sentence PyTorch puts its traceback
+            kind = type(error)
+            raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from None

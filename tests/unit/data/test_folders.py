@@ -118,6 +118,26 @@ def test_splits_are_the_folders_names_where_all_pictures_lie_in_such(tmp_path: P
     assert source.split_by is None
 
 
+def test_a_picture_without_caption_beside_the_splits_changes_none(tmp_path: Path) -> None:
+    files = {f"{split}/a.jpg": jpeg(n) for n, split in enumerate(("train", "val", "test"))}
+    texts = {f"{split}/a.txt": b"A dog." for split in ("train", "val", "test")}
+    source = read_imagefolder(put(tmp_path / "source", {**files, **texts, "cover.jpg": jpeg(9)}))
+    assert splits(source) == {"train/a.jpg": "train", "val/a.jpg": "val", "test/a.jpg": "test", "cover.jpg": None}
+    assert source.split_by == "the source's train, val and test folders"
+    put(tmp_path / "source", {"cover.txt": b"A cat."})
+    assert read_imagefolder(tmp_path / "source").split_by is None
+
+
+def test_a_csv_beside_metadata_jsonl_adds_nothing(tmp_path: Path) -> None:
+    rows = {
+        "metadata.jsonl": jsonl({"file_name": "a.jpg", "text": "A dog."}),
+        "metadata.csv": b"file_name,text\na.jpg,A dog.\n",
+    }
+    source = read_imagefolder(put(tmp_path / "source", {"a.jpg": jpeg(), **rows}))
+    assert captions(source) == {"a.jpg": ("A dog.",)}
+    assert reasons(source) == [("metadata.csv", "captions stand in another file too")]
+
+
 def test_a_folder_named_test_alone_is_no_split(tmp_path: Path) -> None:
     assert read_imagefolder(put(tmp_path, {"test/a.jpg": b"x", "val/b.jpg": b"x"})).split_by is None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from limner.data.pictures import (
+    ORIENTATION,
     centre_box,
     jitter,
     load_crop,
@@ -91,6 +92,16 @@ def test_any_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 
 # ---- crops
+
+
+def test_a_picture_is_seen_upright_and_16_bits_as_8(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (4, 2), "red")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    wide.save(tmp_path / "turned.png", exif=exif)
+    assert read_picture(tmp_path / "turned.png").size == (2, 4)
+    Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert np.asarray(read_picture(tmp_path / "deep.png")).tolist() == [[[0] * 3, [1] * 3, [255] * 3]]
 
 
 @given(

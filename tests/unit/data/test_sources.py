@@ -111,6 +111,12 @@ def test_a_csv_whose_quote_is_never_closed_is_refused(tmp_path: Path, data: byte
         rows(tmp_path, b"image,caption\n" + data)
 
 
+def test_a_header_that_is_broken_is_refused(tmp_path: Path) -> None:
+    for data in (b'image,"caption', b"image," + b"caption" * 20_000):
+        with pytest.raises(DataError, match="can't be read as CSV near line 1"):
+            rows(tmp_path, data)
+
+
 # ---- splits
 
 

@@ -51,6 +51,16 @@ def test_a_name_that_is_none_gets_the_nearest_and_all(written: str, near: str) -
         samplers.canonical(written)
 
 
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_what_a_file_leaves_to_defaults_is_no_choice_against_a_name(kind: str, name: str) -> None:
+    cls = getattr(diffusers, kind)
+    short = cls.from_config({"_class_name": kind, "beta_schedule": "scaled_linear"})
+    one, other = (samplers.named(name, given).config for given in (short, cls.from_config(dict(cls().config))))
+    settings = samplers.SAMPLERS[name].settings
+    assert {key: one[key] for key in settings} == {key: other[key] for key in settings} == settings
+
+
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_the_label_of_a_configuration_is_that_of_its_name(name: str) -> None:
     sampler = samplers.SAMPLERS[name]

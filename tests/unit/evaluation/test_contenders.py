@@ -59,6 +59,16 @@ def test_names_in_any_form_of_unicode_are_read_and_what_can_t_be_is_named(tmp_pa
     assert found.remarks == ["1 picture can't be read and is left out: gone.png."]
 
 
+def test_photographs_that_are_not_asked_for_are_passed_over(tmp_path: Path) -> None:
+    names = pictures_in(tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "more.png")
+    known = [Record(Path(unicodedata.normalize("NFC", name)), ("a cat",)) for name in ["more.png", *names]]
+    found = from_folder(tmp_path, "drawn", known[1:], {"more"})
+    assert {record.path.name for record in found.records} == set(names)
+    with pytest.raises(DataError, match=r"of which 1 have no caption \(more\.png\)"):
+        from_folder(tmp_path, "drawn", known[1:])
+
+
 def test_a_caption_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     """Or else its picture would be scored against the photograph's."""
     names = pictures_in(tmp_path)

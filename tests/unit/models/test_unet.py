@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from limner.config import TrainUnetConfig
+from limner.diffusion.guidance import embedding
 from limner.models import unet
 from limner.settings import resolve
+from tiny import WIDTH, tiny_unet
 
 
 def config(**settings: object) -> TrainUnetConfig:
@@ -52,3 +55,15 @@ def test_it_reads_caption_and_noise_level() -> None:
 
     assert not torch.equal(answer(10, 0), answer(10, 1))
     assert not torch.equal(answer(10, 0), answer(10.5, 0)), "levels between whole timesteps are told apart"
+
+
+def test_a_student_of_a_unet_whose_file_leaves_much_to_defaults_reads_the_guidance_scale() -> None:
+    short = {name: value for name, value in tiny_unet().config.items() if name != "time_cond_proj_dim"}
+    teacher = UNet2DConditionModel.from_config({key: value for key, value in short.items() if key[0] != "_"})
+    student = unet.with_guidance(teacher)
+    assert student.config["time_cond_proj_dim"] == unet.GUIDANCE_WIDTH
+    latents, states = torch.randn(1, 4, 8, 8), torch.randn(1, 3, WIDTH)
+    scale = embedding(torch.tensor([4.0]), unet.GUIDANCE_WIDTH)
+    with torch.no_grad():
+        told = student(latents, 500, states, timestep_cond=scale).sample
+        assert torch.equal(told, teacher(latents, 500, states).sample), "it has not learned to yet"

@@ -125,6 +125,14 @@ def statistics(vae: Any, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def test_a_scale_that_an_early_file_leaves_out_is_that_of_diffusers() -> None:
+    for cls in (AutoencoderKL, AutoencoderTiny):
+        told = dict(cls().config)
+        short = {key: value for key, value in told.items() if key != "scaling_factor"}
+        drawn = torch.ones(1, 4, 1, 1)
+        assert torch.equal(vaes.to_latents(short, drawn), vaes.to_latents(told, drawn))
+
+
 def test_standardised_latents_have_zero_mean_and_unit_deviation_and_the_same_pixels() -> None:
     vae, x, noise = uneven(), pixels(), random(3, 4, 8, 8, seed=1)
     before = vaes.decode(vae, vaes.to_latents(vae.config, vaes.sample(vaes.encode(vae, x), noise)))

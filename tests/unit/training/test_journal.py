@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -11,12 +12,14 @@ from typing import Any, NoReturn, get_args
 import pytest
 from accelerate.tracking import get_available_trackers
 
+from kills import kill, writes_of
 from limner.config import TrainConfig
 from limner.config.training import Tracker
 from limner.errors import ConfigError
 from limner.training.loop import plan_training, run_training
 from trainings import Summing, config, run_summing
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs SIGKILL")
 MISSING = [name for name in get_args(Tracker) if name not in map(str, get_available_trackers())]
 
 
@@ -46,6 +49,18 @@ def test_without_trackers_events_are_left(tmp_path: Path) -> None:
     run = run_summing(settings(tmp_path / "r", trackers=()))
     assert not (run / "tensorboard").exists()
     assert [line["images"] for line in lines(run) if "loss" in line] == [8, 16, 24, 32]
+
+
+@linux
+def test_what_comes_again_after_a_kill_is_there_once(tmp_path: Path) -> None:
+    count = writes_of(run_summing, settings(tmp_path / "whole", checkpoint_every=16))
+    for at_write in range(3, count, 4):
+        asked = settings(tmp_path / str(at_write), checkpoint_every=16)
+        kill(run_summing, asked, at_write=at_write)
+        run_summing(asked)
+        for name in ("loss", "validation/loss"):
+            seen = [[line["images"] for line in lines(run) if name in line] for run in (asked.out, tmp_path / "whole")]
+            assert seen[0] == seen[1], f"killed before write {at_write}"
 
 
 class Endless(Summing):

@@ -156,6 +156,17 @@ def test_the_result_can_be_the_best_in_place_of_the_last(tmp_path: Path) -> None
         assert (manifest["images"], manifest["stopped_early"]) == (80, False)
 
 
+def test_cut_short_before_the_first_validation_the_best_is_what_there_is(tmp_path: Path) -> None:
+    asked = worsening(tmp_path / "r", validate_every=1000, checkpoint_every=16)
+    for at_write in range(3, 20):
+        kill(run_summing, asked, at_write=at_write)
+        if (tmp_path / "r" / "checkpoints" / "000000016").is_dir():
+            break
+    run = run_summing(asked.model_copy(update={"images": 8}))
+    assert read_json(run / "manifest.json")["images"] == 16
+    assert is_the_average_of(run, "000000016")
+
+
 @pytest.mark.parametrize("patience", [1, 3])
 def test_patience_ends_a_training(tmp_path: Path, patience: int, capsys: pytest.CaptureFixture[str]) -> None:
     whole = losses(run_summing(worsening(tmp_path / "whole")))

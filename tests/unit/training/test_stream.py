@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from limner.errors import DataError
 from limner.training.stream import Example, Stream
 
 LENGTH = 7
@@ -42,6 +44,16 @@ def test_examples_do_not_depend_on_where_reading_begins_or_on_batches(
 ) -> None:
     last = first + batches * batch_size
     assert read(first, last, batch_size, seed=seed) == read(0, last, 1, seed=seed)[first:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_an_example_can_t_be_read_for_is_one_sentence(workers: int) -> None:
+    def example(index: int, _: np.random.Generator) -> Any:
+        raise DataError(f"dog {index}.jpg can't be read (it is gone).")
+
+    with pytest.raises(DataError) as caught:
+        list(Stream(1, 0, example).batches(0, 1, 1, workers=workers))
+    assert str(caught.value) == "dog 0.jpg can't be read (it is gone)."
 
 
 @pytest.mark.parametrize("workers", [1, 2])

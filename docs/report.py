@@ -149,8 +149,9 @@ def main() -> None:
     given = parser.parse_args()
     text = [
         f"# What {given.model} reaches",
-        f"Written by `python docs/report.py`: {given.n} captions of the test split, seen by the judge of "
-        "recipes/judge.py, with 95 % intervals in brackets. `photographs` are the real ones with their own captions; "
+        f"Written by `{shlex.join(['python', 'docs/report.py', *sys.argv[1:]])}`: {given.n} captions of the test "
+        "split, seen by the judge of recipes/judge.py, with 95 % intervals in brackets. `photographs` are the real "
+        "ones with their own captions; "
         "where distances are told, as many of the train split. What tuning the CLIP gained stands in its model card, "
         "what that did to pictures in [experiments.md](../experiments.md), with the command.",
     ]

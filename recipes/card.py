@@ -71,8 +71,9 @@ def figures(metrics: Row) -> str:
     drawn = f"{model['pictures']} captions of the {data['split']} split of {data['name']}, one picture each"
     told = [
         f"{drawn}, seeds {metrics['seeds'][0]} to {metrics['seeds'][1]}, {model['steps']} steps at guidance "
-        f"{model['guidance']:g}, by `limner evaluate` with {judge['name']} ({judge['sha256'][:12]}) as judge. The "
-        "photographs have the first captions of their own; their distances are those of as many training photographs."
+        f"{model['guidance']:g}, drawn with {model['device']['engine']} by `limner evaluate`, with {judge['name']} "
+        f"({judge['sha256'][:12]}) as judge. The photographs have the first captions of their own; their "
+        "distances are those of as many training photographs."
     ]
     for section, found in model["figures"].items():
         beside = real.get(section, {})

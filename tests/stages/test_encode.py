@@ -310,6 +310,15 @@ def test_a_dataset_that_changed_is_named(settings: EncodeConfig, tmp_path: Path)
         encode.run(own)
 
 
+def test_memory_that_is_too_small_is_said(settings: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 1 bytes.")
+
+    monkeypatch.setattr("limner.models.vae.encode", full)
+    with pytest.raises(ConfigError, match="The memory is too small for 32 pictures of this size at once; choose a sm"):
+        encode.run(settings)
+
+
 def test_other_settings_are_named(settings: EncodeConfig, latents: Path) -> None:
     with pytest.raises(RunError, match=r"other settings \(buckets, flips, size, views\)"):
         encode.run(changed(settings, out=latents, flips=False, size=32, views=2, buckets=True))

@@ -33,6 +33,7 @@ from limner.data.pictures import (
 )
 from limner.errors import ConfigError, DataError
 from limner.generation.engine import encode_prompts
+from limner.generation.painters import enough_memory
 from limner.generation.prompts import length_of
 from limner.models import adapter as adapters
 from limner.models import loading
@@ -87,7 +88,8 @@ def run(config: EncodeConfig) -> Path:
         print(f"Nothing to do: {run.folder} is finished, with these encoders and settings.")
         return run.folder
     with run.work(config):
-        _write_cache(config, encoders, splits, run.folder / "cache")
+        with enough_memory(f"{config.batch_size} pictures of this size at once", "choose a smaller batch_size"):
+            _write_cache(config, encoders, splits, run.folder / "cache")
         text = TextFacts.of(encoders.text_encoder.config.to_dict(), encoders.tokenizer)
         pictures = {split: len(records) for split, records in splits.items()}
         # `assemble` asks what the U-Net was trained on

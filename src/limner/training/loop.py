@@ -136,11 +136,11 @@ def _train(task: Task, config: TrainConfig, run: Run, accelerator: Accelerator) 
     Returns facts for the manifest. Raises RunError when the loss stops being a number; the last good checkpoint
     is left as it is.
     """
-    place(task.network, accelerator)
-    Need.of(task, config, accelerator).warn(config, accelerator)
-    optimizer = optimizers.new(task.network, config, task.rates)
-    average = WeightAverage(task.network, config.ema_halflife)
-    with memory.shortage(config, accelerator):  # the optimiser's state comes with it
+    with memory.shortage(config, accelerator):
+        place(task.network, accelerator)
+        Need.of(task, config, accelerator).warn(config, accelerator)
+        optimizer = optimizers.new(task.network, config, task.rates)
+        average = WeightAverage(task.network, config.ema_halflife)
         facts = checkpoints.load_newest(run.checkpoints, task.network, average, optimizer)
     network = accelerator.prepare(task.network)  # for which processes meet, so that none still reads what is tidied
     on_main(accelerator, checkpoints.tidy, run.checkpoints, config.keep_checkpoints, facts)

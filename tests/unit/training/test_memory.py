@@ -155,6 +155,15 @@ def test_memory_that_ends_in_a_validation_is_said_in_one_sentence_too(tmp_path: 
         run_training(FullOfValidation, settings(tmp_path / "r"))
 
 
+def test_memory_that_ends_before_the_first_step_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 1 bytes.")
+
+    monkeypatch.setattr("limner.training.loop.WeightAverage", full)
+    with pytest.raises(RunError, match="not suffice for 8 images at once"):
+        run_training(Summing, settings(tmp_path / "r"))
+
+
 @linux
 def test_what_there_is_and_what_was_taken_is_in_bytes() -> None:
     accelerator = processes.join(None)

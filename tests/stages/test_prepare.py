@@ -459,7 +459,9 @@ def test_an_out_that_must_not_be_written_is_refused(capsys: pytest.CaptureFixtur
     with no_special_rights() as folder:
         source = photographs(folder / "source", 3)
         (folder / "locked").mkdir(mode=0o500)
-        assert "There is no right to write" in refused(capsys, "imagefolder", source, folder / "locked" / "data")
+        assert "There is no right to read or write" in refused(
+            capsys, "imagefolder", source, folder / "locked" / "data"
+        )
 
 
 def test_shares_that_leave_nothing_to_train_on_are_refused(source: Path, tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ def test_killed_at_any_write_it_ends_with_the_same_bits(tmp_path: Path, finished
 @linux
 def test_killed_again_and_again_it_still_ends_with_the_same_bits(tmp_path: Path, finished: Path) -> None:
     killed = settings(tmp_path / "r", checkpoint_every=8)
-    for at_write in (12, 20, 20, 9):
+    for at_write in (12, 22, 22, 11):
         kill(run_summing, killed, at_write=at_write)
     assert len(checkpoints.numbered(tmp_path / "r" / "checkpoints")) == 2
     assert weights(run_summing(killed)) == weights(finished)
@@ -441,7 +441,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(tmp_path
     assert not (tmp_path / "r" / "model").exists()
     again = run_training(Roomy, chosen)
     assert weights(again) == weights(run_training(Roomy, settings(tmp_path / "whole")))
-    assert [line["images"] for line in events(again) if "loss" in line] == [8, 16, 24, 32, 24, 32]
+    assert [line["images"] for line in events(again) if "loss" in line] == [8, 16, 24, 32]
 
 
 class Overfitting(Summing):

@@ -29,6 +29,7 @@ from limner.errors import DataError
 from limner.models import adapter as adapters
 from limner.models import loading
 from limner.models import vae as vaes
+from limner.settings import resolve
 
 Array = np.ndarray[Any, np.dtype[np.float16]]
 Kind = Literal["moments", "masks", "features"]
@@ -51,8 +52,12 @@ def encoder_parents(config: EncodeConfig) -> dict[str, str]:
     return parents
 
 
-def refuse_stale(folder: Path, settings: EncodeConfig) -> None:
-    """Raise DataError where what a cache was made from has changed since; the dataset may be gone."""
+def settings_of(folder: Path) -> EncodeConfig:
+    """What a cache was encoded with. Raises DataError where that has changed since; the dataset may be gone.
+
+    Raises ConfigError where another version wrote it.
+    """
+    settings = resolve(EncodeConfig, read_json(folder / "config.json"))
     parents = read_json(folder / "manifest.json")["parents"]
     data = dataset_parents(settings.data) if (settings.data / "dataset.json").is_file() else parents
     now = {**data, **encoder_parents(settings)}
@@ -61,6 +66,7 @@ def refuse_stale(folder: Path, settings: EncodeConfig) -> None:
         named |= {"adapter": f"the adapter of {settings.clip}", "features": f"the CLIP {settings.features}"}
         what = " and ".join(named.get(role, f"{role} of {settings.data}") for role in changed)
         raise DataError(f"{folder} is stale, as {what} changed since; encode into a new folder.")
+    return settings
 
 
 def write_array(path: Path, shape: Sequence[int], parts: Iterable[Tensor]) -> None:

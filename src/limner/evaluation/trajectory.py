@@ -8,7 +8,7 @@ from typing import Any
 
 from limner.artifacts import atomic_folder, read_json, write_json
 from limner.config import EncodeConfig
-from limner.data.latents import refuse_stale
+from limner.data.latents import settings_of
 from limner.errors import ModelError
 from limner.models import adapter, loading, pipeline
 from limner.training import checkpoints
@@ -34,9 +34,7 @@ def assemble(run: Path, found: Mapping[int, Path], out: Path) -> dict[int, Path]
 
     Raises ModelError where a part or a checkpoint can't be read, DataError where VAE or CLIP are others by now.
     """
-    cache = Path(read_json(run / "config.json")["data"])
-    encoded = EncodeConfig.model_validate(read_json(cache / "config.json"))
-    refuse_stale(cache, encoded)
+    encoded = settings_of(Path(read_json(run / "config.json")["data"]))
     parents = {"vae": loading.identity(encoded.vae, "vae"), "clip": loading.text_identity(encoded.clip)}
     folders = {images: out / f"{images}-images" for images in found}
     for images, folder in folders.items():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import bindparam, case, delete, func, insert, select, text, update
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import IntegrityError
 
 from limner.errors import RunError
@@ -178,7 +178,7 @@ class Store:
             return None
         with self.reading() as connection:
             row = connection.execute(JOB.where(*_owned(owner)), {"job": id_}).one_or_none()
-        return JobRow(**row._asdict()) if row else None
+        return _job(row) if row else None
 
     def places(self, numbers: Collection[int]) -> dict[int, int]:
         """How many queued jobs stand before each of those of these numbers that are queued."""
@@ -210,7 +210,7 @@ class Store:
             wanted = wanted.where(JOBS.c.number < before)
         with self.reading() as connection:
             rows = connection.execute(wanted.order_by(JOBS.c.number.desc()).limit(limit)).all()
-        return [JobRow(**row._asdict()) for row in rows]
+        return list(map(_job, rows))
 
     def images(self, jobs: Collection[str]) -> Sequence[ImageRow]:
         """The pictures of some jobs, the best first or else in the order of their numbers."""
@@ -218,13 +218,13 @@ class Store:
             return []
         wanted = select(IMAGES).where(IMAGES.c.job.in_(jobs)).order_by(IMAGES.c.job, *BEST_FIRST)
         with self.reading() as connection:
-            return [ImageRow(**row._asdict()) for row in connection.execute(wanted)]
+            return list(map(_image, connection.execute(wanted)))
 
     def with_images(self, id_: str) -> tuple[JobRow, Sequence[ImageRow]]:
         """A job that is there, and its pictures, the best first or else in the order of their numbers."""
         with self.reading() as connection:
             row, images = (connection.execute(wanted, {"job": id_}) for wanted in (JOB, OF_JOB))
-            return JobRow(**row.one()._asdict()), [ImageRow(**image._asdict()) for image in images]
+            return _job(row.one()), list(map(_image, images))
 
     def image(self, id_: str, owner: str | None = None) -> ImageRow | None:
         """A picture, if its job is the owner's."""
@@ -233,7 +233,7 @@ class Store:
         wanted = select(IMAGES).join(JOBS, JOBS.c.id == IMAGES.c.job).where(IMAGES.c.id == id_, *_owned(owner))
         with self.reading() as connection:
             row = connection.execute(wanted).one_or_none()
-        return ImageRow(**row._asdict()) if row else None
+        return _image(row) if row else None
 
     def cancel(self, id_: str, step: int | None) -> bool:
         """End a job that has not ended, at a step where that is known; tell whether that was so."""
@@ -270,7 +270,7 @@ class Store:
                         further.append(number)
                         room -= count
                 rows += connection.execute(TAKEN.where(JOBS.c.number.in_(further)), values)
-        return sorted((JobRow(**row._asdict()) for row in rows), key=lambda job: job.number)
+        return sorted(map(_job, rows), key=lambda job: job.number)
 
     def renew(self, worker: str, steps: dict[str, int], lease: float) -> set[str]:
         """Renew the leases of jobs and note their steps; tell which of them the worker still holds."""
@@ -374,6 +374,14 @@ def _check(connection: Connection, owner: str, now: float, *, queue: int, rate: 
             raise QueueFull(f"This token began {rate} jobs within a minute.", oldest + 60 - now, own=True)
     if connection.scalar(UNFINISHED) >= queue:  # type: ignore[operator]
         raise QueueFull(f"{queue} jobs wait already; come back later.", 30, own=False)
+
+
+def _job(row: Row[Any]) -> JobRow:
+    return JobRow(**row._asdict())
+
+
+def _image(row: Row[Any]) -> ImageRow:
+    return ImageRow(**row._asdict())
 
 
 def _owned(owner: str | None) -> tuple[Any, ...]:

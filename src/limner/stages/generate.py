@@ -141,7 +141,7 @@ def _read(
     the cells of the grid; without one all are in one."""
     prompts = _prompts(config)
     _check_out(config.out)
-    _count(config, prompts)
+    _count(config, prompts)  # which refuses what is too many
     cells = grids.cells(config, _axes(config))
     image = None if config.image is None else sources.read_picture(config.image)
     mask = None if config.mask is None else sources.read_mask(config.mask)

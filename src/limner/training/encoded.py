@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from limner.artifacts import identity, read_json
-from limner.config import EncodeConfig, TrainConfig
-from limner.data.latents import LatentCache, refuse_stale
+from limner.config import TrainConfig
+from limner.data.latents import LatentCache, settings_of
 from limner.data.pictures import may_flip, save_grid
 from limner.diffusion.objectives import draw_noise
 from limner.errors import ConfigError, DataError, ModelError
@@ -22,7 +22,6 @@ from limner.generation.engine import denoise, encode_prompts, initial_noise
 from limner.models import adapter as adapters
 from limner.models import loading
 from limner.models import vae as vaes
-from limner.settings import resolve
 from limner.training.stream import Example, Stream
 
 log = logging.getLogger(__name__)
@@ -50,9 +49,8 @@ class Encoded:
         self.train, self.val = LatentCache(folder, "train"), LatentCache(folder, "val")
         if not len(self.val):
             raise DataError(f"{folder} has no pictures in its val split; encode a dataset with some.")
-        # EncodeConfig, to know the VAE and the text encoder that samples are drawn with
-        self.settings = resolve(EncodeConfig, read_json(folder / "config.json"))
-        refuse_stale(folder, self.settings)
+        # Also the VAE and the text encoder that samples are drawn with
+        self.settings = settings_of(folder)
         self.vae_config = loading.read_config(loading.component(self.settings.vae, "vae") / "config.json")
         self.prompt_states, self.empty = self._prompt_states(sample_prompts)  # (P, L, D), (1, L, D)
         side = self.settings.size // vaes.factor(self.vae_config)

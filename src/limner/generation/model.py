@@ -116,13 +116,14 @@ class Model:
     def _new_painter(self) -> Painter:
         """What draws. Raises ConfigError, ModelError."""
         spec, setup = self.spec, self.setup
+        alter = self._alter if self.loras or self.embeddings else None
         if setup.engine == "openvino":
             from limner.generation.openvino import OpenVinoDiffusion
 
             if not spec.own_loop:
                 raise ModelError(f"{spec.ref} is a {spec.pipeline}, which draws with torch alone; leave out --engine.")
-            return OpenVinoDiffusion(spec, setup, self._alter, lambda: self.identity)
-        return LatentDiffusion(spec, setup, self._alter) if spec.own_loop else Pipeline(spec, setup)
+            return OpenVinoDiffusion(spec, setup, alter, lambda: self.identity)
+        return LatentDiffusion(spec, setup, alter) if spec.own_loop else Pipeline(spec, setup)
 
     def _alter(self, name: str, network: Any, tokenizer: Any) -> None:
         """Add to a network what is asked for beside the model itself."""

@@ -187,7 +187,7 @@ class CompiledUNet:
 
 
 class Later:
-    """A network that is read when more than its settings is wanted: Diffusers alone takes seconds to import."""
+    """A network that is read when more than its settings is wanted, which may be never."""
 
     def __init__(self, config: dict[str, Any], read: Callable[[], Any]) -> None:
         self.config, self.read = config, functools.cache(read)
@@ -214,7 +214,7 @@ class DecodedByOpenVino(Later):
 class OpenVinoDiffusion(LatentDiffusion):
     """A CLIP text encoder as torch runs it; a U-Net and a VAE's decoder as OpenVINO does."""
 
-    def __init__(self, spec: Spec, setup: Setup, alter: Alter, identity: Callable[[], str]) -> None:
+    def __init__(self, spec: Spec, setup: Setup, alter: Alter | None, identity: Callable[[], str]) -> None:
         """`identity` tells the model's weights and what is added to them. Raises as `LatentDiffusion`, and ConfigError
         where the processor can't compute in the precision.
         """
@@ -275,7 +275,7 @@ class OpenVinoDiffusion(LatentDiffusion):
 
     def _convert_unet(self, folder: Path) -> None:
         unet = super()._read("unet")  # and not `self.unet.read`, which would keep it
-        if not staged.fits(unet):
+        if not staged.fits(unet.config):
             raise ModelError(f"The U-Net of {self.ref} is of a kind that is drawn with torch; leave out --engine.")
         taken_apart, config = staged.Staged(unet), unet.config
         states = torch.randn(1, EXAMPLE, config["cross_attention_dim"])

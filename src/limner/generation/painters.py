@@ -23,8 +23,8 @@ from limner.generation.canvas import Sketch
 from limner.generation.engine import OnStep, draw, encode_weighted, to_images
 from limner.generation.jobs import GUIDANCE, STABLE_DIFFUSION, STEPS, Job, Spec
 from limner.generation.preview import Preview
-from limner.generation.setup import OneAtATime, Setup
-from limner.models import bare, hub, loading, staged
+from limner.generation.setup import Setup
+from limner.models import bare, hub, loading, plain, staged
 from limner.models import vae as vaes
 
 if TYPE_CHECKING:
@@ -67,19 +67,25 @@ class LatentDiffusion:
     unet: Any
     vae: Any
 
-    def __init__(self, spec: Spec, setup: Setup, alter: Alter) -> None:
-        """Load from a model folder. Raises ModelError, and as `alter` does."""
+    def __init__(self, spec: Spec, setup: Setup, alter: Alter | None) -> None:
+        """Load from a model folder, and alter the networks. Raises ModelError, and as `alter` does."""
         self.ref, self.setup, self.device, self.dtype = str(spec.folder), setup, setup.device, setup.dtype
         self.alter = alter
-        one_at_a_time = OneAtATime() if setup.low_memory else None
+        # What alters networks or lets them leave knows those of the libraries
+        self.source: Any = plain if alter is None and not setup.low_memory else loading
+        one_at_a_time = None
+        if setup.low_memory:
+            from limner.generation.low_memory import OneAtATime
+
+            one_at_a_time = OneAtATime()
         for name in STABLE_DIFFUSION:
             network = self._read(name)
             setattr(self, name, network)
             if one_at_a_time is not None:
                 one_at_a_time.keep(network, functools.partial(self._read, name))
-        self.scheduler = loading.load_scheduler(self.ref)
+        self.scheduler = self.source.load_scheduler(self.ref)
         self.factor = spec.factor
-        self._kept = functools.lru_cache(PROMPTS_KEPT)(self._encode_anew)
+        self._encode = functools.lru_cache(PROMPTS_KEPT)(self._encode_anew)
         if setup.low_memory:
             vaes.decode_in_tiles(self.vae)
         if not hasattr(self.scheduler, "init_noise_sigma"):  # Diffusers' own pipeline fails on these too
@@ -89,12 +95,13 @@ class LatentDiffusion:
     def _read(self, name: str) -> Any:
         """One of the networks, on the device, with what is added to it."""
         if name == "text_encoder":
-            network, self.tokenizer = loading.load_text_encoder(self.ref, self.dtype)
+            network, self.tokenizer = self.source.load_text_encoder(self.ref, self.dtype)
         else:
-            network = {"unet": loading.load_unet, "vae": loading.load_vae}[name](self.ref, self.dtype)
+            network = {"unet": self.source.load_unet, "vae": self.source.load_vae}[name](self.ref, self.dtype)
         # What transformers leave to convolutions lies channels last; other weights would be turned at each of them
         network = network.to(self.device, memory_format=torch.channels_last)
-        self.alter(name, network, self.tokenizer)
+        if self.alter is not None:
+            self.alter(name, network, self.tokenizer)
         bare.lay_bare(network)
         return network
 
@@ -221,7 +228,7 @@ class LatentDiffusion:
     @functools.cached_property
     def taken_apart(self) -> staged.Staged | None:
         """The U-Net taken apart; None where that can't be, or memory is short."""
-        return staged.Staged(self.unet) if staged.fits(self.unet) and not self.setup.low_memory else None
+        return staged.Staged(self.unet) if staged.fits(self.unet.config) and not self.setup.low_memory else None
 
     @functools.cached_property
     def preview(self) -> Callable[[Tensor], Tensor]:
@@ -231,12 +238,9 @@ class LatentDiffusion:
     def _states(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None]:
         """Token states of prompts and negative prompts; each pair is encoded alone, so no other changes its bits."""
         if not self._two_passes(jobs[0]):
-            return torch.cat([self._encode([job.prompt]) for job in jobs]), None
-        pairs = torch.stack([self._encode([job.negative, job.prompt]) for job in jobs])  # (N, 2, L, D)
+            return torch.cat([self._encode(job.prompt) for job in jobs]), None
+        pairs = torch.stack([self._encode(job.negative, job.prompt) for job in jobs])  # (N, 2, L, D)
         return pairs[:, 1], pairs[:, 0]
-
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
-        return self._kept(*prompts)
 
     def _encode_anew(self, *prompts: str) -> Tensor:
         return encode_weighted(self.text_encoder, self.tokenizer, prompts)
@@ -274,9 +278,9 @@ class Pipeline:
         """Load from a model folder. Raises ModelError."""
         index = loading.pipeline_index(spec.folder)
         left_out: dict[str, Any] = {name: None for name in hub.NOT_LOADED if name in index}
-        with loading.reading("pipeline", spec.folder):
-            from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline
 
+        with loading.reading("pipeline", spec.folder):
             self.pipeline = DiffusionPipeline.from_pretrained(
                 spec.folder,
                 dtype=setup.dtype,

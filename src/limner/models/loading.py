@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,36 +166,35 @@ def parts_in(root: Path) -> list[str]:
 
 
 _quieting = threading.Lock()
-_loud: list[list[int]] = []  # for each that wants quiet, the verbosity of the libraries before the first did
+_loud: list[list[tuple[Any, int]]] = []  # for each that wants quiet, what the libraries' logs were before the first did
+LOGS = ("diffusers.utils.logging", "transformers.utils.logging")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep messages and progress bars of Diffusers and Transformers off the terminal; errors are raised too.
+    """Keep messages and progress bars of Diffusers and Transformers, as far as they are imported, off the terminal;
+    errors are raised too.
 
     For any thread: they are back when the last one has left.
     """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    logs = (diffusers_logging, transformers_logging)
     with _quieting:
         # Once for all: each time a logger's level is set, Python forgets what every other one lets through
-        _loud.append(_loud[0] if _loud else _silence(logs))
+        _loud.append(_loud[0] if _loud else _silence())
     try:
         yield
     finally:
         with _quieting:
             levels = _loud.pop()
             if not _loud:
-                for log, level in zip(logs, levels):
+                for log, level in levels:
                     log.set_verbosity(level)
                     log.enable_progress_bar()
 
 
-def _silence(logs: tuple[Any, Any]) -> list[int]:
-    """-> their verbosity until now."""
-    levels = [log.get_verbosity() for log in logs]
+def _silence() -> list[tuple[Any, int]]:
+    """-> what says less now, and its verbosity until then."""
+    logs = [sys.modules[name] for name in LOGS if name in sys.modules]
+    levels = [(log, log.get_verbosity()) for log in logs]
     for log in logs:
         log.set_verbosity(logging.CRITICAL)
         log.disable_progress_bar()

@@ -7,8 +7,7 @@ Diffusers' UNet2DConditionModel, layer by layer, on its own weights.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -17,42 +16,53 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention, silu
 
-SIZES = {
-    "sample_size",
-    "in_channels",
-    "out_channels",
-    "down_block_types",
-    "up_block_types",
-    "block_out_channels",
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "attention_head_dim",
-    "num_attention_heads",
-    "cross_attention_dim",
-    "norm_num_groups",
-    "norm_eps",
-    "flip_sin_to_cos",
-    "freq_shift",
-    "time_embedding_dim",
-    "time_cond_proj_dim",
-    "use_linear_projection",
-    "upcast_attention",
-    "conv_in_kernel",
-    "conv_out_kernel",
-    "dropout",
+SIZES: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": None,
+    "cross_attention_dim": 1280,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "time_embedding_dim": None,
+    "time_cond_proj_dim": None,
+    "use_linear_projection": False,
+    "upcast_attention": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "dropout": 0.0,
 }
-"""Settings of a UNet2DConditionModel that may be anything here; all others must be Diffusers' defaults."""
+"""Settings of a UNet2DConditionModel that may be anything here, as they are where a file leaves them out."""
+FIXED: dict[str, Any] = {
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "resnet_time_scale_shift": "default",
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "attention_type": "default",
+    "addition_embed_type_num_heads": 64,
+}
+"""Those that must be as Diffusers has them by default. All others must be off."""
 BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 
 
-def fits(unet: Any) -> bool:
-    """Whether the U-Net is one that `Staged` knows: Stable Diffusion's, of any size."""
-    defaults = inspect.signature(type(unet)).parameters
-    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+def fits(config: Mapping[str, Any]) -> bool:
+    """Whether a U-Net of this config is one that `Staged` knows: Stable Diffusion's, of any size."""
+    known = {**SIZES, **{name: value for name, value in config.items() if not name.startswith("_")}}
     return (
-        all(name in SIZES or (name in defaults and value == defaults[name].default) for name, value in config.items())
-        and {*config["down_block_types"], *config["up_block_types"]} <= BLOCKS
-        and config["norm_num_groups"] is not None
+        all(name in SIZES or (value == FIXED[name] if name in FIXED else not value) for name, value in known.items())
+        and {*known["down_block_types"], *known["up_block_types"]} <= BLOCKS
+        and known["norm_num_groups"] is not None
     )
 
 
@@ -132,7 +142,7 @@ class Staged(nn.Module):
     def keys_and_values(self, states: Tensor) -> list[Tensor]:
         """As `Network` says."""
         return [
-            _heads(attention, project(states))
+            heads(project(states), attention.heads)
             for attention in self.attentions
             for project in (attention.to_k, attention.to_v)
         ]
@@ -164,7 +174,7 @@ class Staged(nn.Module):
             if number:
                 layers.down(block, skipped)
             for downsampler in block.downsamplers or ():
-                skipped.append(downsampler(skipped[-1]))
+                skipped.append(downsampler.conv(skipped[-1]))
         first, *rest = unet.mid_block.resnets
         hidden = layers.resnet(first, skipped[-1])
         for transformer, resnet in zip(unet.mid_block.attentions, rest):
@@ -199,8 +209,8 @@ class _Layers:
     def up(self, block: Any, hidden: Tensor, skipped: list[Tensor]) -> Tensor:
         """The layers of UpBlock2D or CrossAttnUpBlock2D, each of which takes the last of `skipped`."""
         for resnet, transformer in zip_longest(block.resnets, getattr(block, "attentions", ())):
-            joined = torch.cat([hidden, _as_many(skipped.pop(), hidden)], dim=1)
-            hidden = self.transformed(transformer, self.resnet(resnet, joined))
+            both = torch.cat([hidden, _as_many(skipped.pop(), hidden)], dim=1)
+            hidden = self.transformed(transformer, self.resnet(resnet, both))
         return hidden
 
     def resnet(self, block: Any, given: Tensor) -> Tensor:
@@ -232,25 +242,27 @@ class _Layers:
     def _attended(self, block: Any, hidden: Tensor) -> Tensor:
         """BasicTransformerBlock. (N, T, C) -> (N, T, C), or twice as many rows."""
         attention, normed = block.attn1, block.norm1(hidden)
-        projected = [_heads(attention, p(normed)) for p in (attention.to_q, attention.to_k, attention.to_v)]
-        hidden = hidden + _joined(attention, *projected)
+        projected = [
+            heads(project(normed), attention.heads) for project in (attention.to_q, attention.to_k, attention.to_v)
+        ]
+        hidden = hidden + joined(attention, *projected)
         keys, values = self.prompt[block.attn2]
-        queries = _heads(block.attn2, block.attn2.to_q(block.norm2(hidden)))
-        hidden = _as_many(hidden, keys) + _joined(block.attn2, _as_many(queries, keys), keys, values)
+        queries = heads(block.attn2.to_q(block.norm2(hidden)), block.attn2.heads)
+        hidden = _as_many(hidden, keys) + joined(block.attn2, _as_many(queries, keys), keys, values)
         towards, gate = block.ff.net[0].proj(block.norm3(hidden)).chunk(2, dim=-1)
         return hidden + block.ff.net[2](towards * gelu(gate))
 
 
-def _heads(attention: Any, tokens: Tensor) -> Tensor:
+def heads(tokens: Tensor, count: int) -> Tensor:
     """(N, T, C) -> (N, heads, T, width)."""
-    return tokens.reshape(*tokens.shape[:2], attention.heads, -1).transpose(1, 2)
+    return tokens.reshape(*tokens.shape[:2], count, -1).transpose(1, 2)
 
 
-def _joined(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def joined(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """(N, heads, T, width), (N, heads, L, width) twice -> (N, T, C)."""
     seen = scaled_dot_product_attention(queries, keys, values)
-    joined: Tensor = attention.to_out[0](seen.transpose(1, 2).flatten(2))
-    return joined
+    out: Tensor = attention.to_out[0](seen.transpose(1, 2).flatten(2))
+    return out
 
 
 def _as_many(tensor: Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
+from libraries import load_with_libraries
 from limner.generation.engine import denoise, draw, encode_prompts, generators, initial_noise, turned
 from limner.generation.jobs import make_jobs
 from limner.generation.model import Model
@@ -42,7 +43,7 @@ def ours(root: Path, name: str, **settings: Any) -> np.ndarray:
     """What Limner's loop draws, (H, W, 3) in [0, 1], before it becomes bytes."""
     from limner.generation.canvas import Sketch
 
-    painter = Model.load(str(root / name), "cpu", precision="fp32").painter
+    painter = load_with_libraries(root / name).painter
     sketch = Sketch.of(read_picture(root / "photo.png"), settings.get("mask"), settings["strength"], (SIDE, SIDE))
     if settings.get("composite") is False:
         sketch = replace_composite(sketch)
@@ -236,7 +237,7 @@ def test_previews_come_each_step_and_change_nothing(root: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["ddim", "dpm-flow", "unipc", "unipc-flow", "euler", "dpm"])
 def test_the_last_estimate_is_the_result(root: Path, name: str) -> None:
     """Where the last step ends at data, as a first-order step does there, what the U-Net sees is where it lands."""
-    painter, seen = Model.load(str(root / name), "cpu", precision="fp32").painter, list[torch.Tensor]()
+    painter, seen = load_with_libraries(root / name).painter, list[torch.Tensor]()
     states = encode_prompts(painter.text_encoder, painter.tokenizer, [PROMPT])
     noise = initial_noise([2], (4, 8, 8))
     latents = denoise(painter.unet, painter.scheduler, noise, states, steps=8, guidance=1, on_x0=seen.append)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from libraries import load_with_libraries
 from limner.diffusion import samplers
 from limner.errors import ConfigError
 from limner.generation.engine import (
@@ -29,6 +31,12 @@ from tiny import CAPTIONS, WIDTH, tiny_scheduler, tiny_text_encoder, tiny_unet
 def states(count: int = 1) -> torch.Tensor:
     """Random token states (N, 77, D)."""
     return torch.randn(count, 77, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    """A tiny model whose networks can be called as Diffusers' are."""
+    return load_with_libraries(folder)
 
 
 def test_noise_depends_on_its_own_seed_only() -> None:

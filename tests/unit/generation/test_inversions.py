@@ -36,7 +36,7 @@ def made(file: Path, name: str = "<toy>", vectors: int = 1, seed: int = 0, width
 def states(model: Model, prompt: str) -> Tensor:
     """Token states of a prompt (1, L, D)."""
     assert isinstance(model.painter, LatentDiffusion)
-    return model.painter._encode([prompt])
+    return model.painter._encode(prompt)
 
 
 def theirs(folder: Path, prompt: str, *embeddings: tuple[Tensor, str]) -> Tensor:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from libraries import load_with_libraries
 from limner import load
 from limner.artifacts import sha256
 from limner.config import TrainLoraConfig
@@ -57,7 +58,7 @@ def draw(model: Model) -> Tensor:
 
 def ours(folder: Path, *loras: object) -> Tensor:
     """What Limner draws."""
-    return draw(load(str(folder), device="cpu", precision="fp32", loras=[str(text) for text in loras]))
+    return draw(load_with_libraries(folder, loras=[str(text) for text in loras]))
 
 
 def theirs(folder: Path, *files: Path, weights: tuple[float, ...] = ()) -> Tensor:

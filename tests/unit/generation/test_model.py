@@ -15,7 +15,8 @@ from torch import Tensor
 import limner
 from limner.config import Precision
 from limner.errors import ConfigError, ModelError
-from limner.generation import catalogue, provenance
+from limner.generation import catalogue, painters, provenance
+from limner.generation.engine import to_images
 from limner.generation.jobs import make_jobs
 from limner.generation.model import Model
 from tiny import CAPTIONS, tiny_model, tiny_unet
@@ -34,11 +35,11 @@ def same(one: Image, other: Image) -> bool:
 @pytest.mark.parametrize("scheduler", ["dpm-flow", "euler-ancestral"])  # one draws noise of its own in each step
 @pytest.mark.parametrize(("guidance", "precision"), [(1.0, "fp32"), (5.0, "fp32"), (5.0, "bf16")])
 def test_a_picture_does_not_depend_on_those_beside_it(
-    tmp_path: Path, scheduler: str, guidance: float, precision: Precision
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str, guidance: float, precision: Precision
 ) -> None:
     model = Model.load(str(tiny_model(tmp_path, scheduler)), "cpu", precision=precision)
     pixels: list[Tensor] = []  # before they are rounded to bytes
-    model.painter.vae.decoder.register_forward_hook(lambda module, given, result: pixels.extend(result))
+    monkeypatch.setattr(painters, "to_images", lambda drawn: pixels.extend(drawn) or to_images(drawn))
 
     def draw(prompts: list[str], seed: int, n: int, batch_size: int) -> list[Tensor]:
         pixels.clear()
@@ -180,8 +181,7 @@ def test_memory_that_is_too_small_is_said(model: Model, monkeypatch: pytest.Monk
 
 
 def test_memory_that_is_too_small_for_the_model_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel"
-    monkeypatch.setattr(f"{network}.from_pretrained", lambda *_, **__: torch.empty(2**59))
+    monkeypatch.setattr("limner.models.plain.load_file", lambda _: torch.empty(2**59))
     with pytest.raises(ConfigError, match="memory is too small for this model; draw with --low-memory"):
         Model.load(str(folder), "cpu")
 

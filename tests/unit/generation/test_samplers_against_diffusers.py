@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.testing import assert_close
 
+from libraries import load_with_libraries
 from limner.diffusion import samplers
 from limner.generation.model import Model
 from limner.generation.painters import LatentDiffusion
@@ -130,7 +131,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     for name, config in CONFIGURATIONS.items():
         folder = tiny_model(tmp_path_factory.mktemp("models") / name)
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-        made[name] = Model.load(str(folder), "cpu", precision="fp32")
+        made[name] = load_with_libraries(folder)
         made[name].painter.taken_apart = None  # type: ignore[attr-defined]
     return made
 

@@ -38,7 +38,7 @@ def given(pictures: int, size: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor
 @torch.no_grad()
 def test_it_answers_as_diffusers_does(settings: dict[str, Any], pictures: int) -> None:
     unet = tiny_unet(**settings)
-    assert fits(unet)
+    assert fits(unet.config)
     latents, states = given(pictures)
     condition = torch.randn(1, 16) if "time_cond_proj_dim" in settings else None
     named = {"timestep_cond": condition, "return_dict": False}
@@ -112,4 +112,4 @@ def test_what_is_reused_is_what_was_computed(settings: dict[str, Any]) -> None:
     ids=str,
 )
 def test_what_it_does_not_know_it_leaves_to_diffusers(settings: dict[str, Any]) -> None:
-    assert not fits(tiny_unet(**settings))
+    assert not fits(tiny_unet(**settings).config)

@@ -338,6 +338,15 @@ def test_a_plan_writes_nothing(parts: dict[str, str], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_of_parts_that_are_not_here_fetches_nothing(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    plan = assemble.plan(settings({**parts, "vae": "nobody/nothing"}, tmp_path / "m"))
+    assert plan["parts"].startswith("nobody/nothing, to be fetched")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plan_tells_the_size_of_a_unet_that_is_not_square(parts: dict[str, str], tmp_path: Path) -> None:
     other = Path(shutil.copytree(parts["unet"], tmp_path / "unet"))
     file = other / "model" / "unet" / "config.json"

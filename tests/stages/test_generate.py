@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -114,6 +115,14 @@ def test_a_plan_loads_and_writes_nothing(folder: Path, capfd: pytest.CaptureFixt
     assert pictures() == []
 
 
+def test_a_plan_reads_piped_prompts_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"A dog.\nA cat.\n")))
+    assert limner("generate", "-n", 3, "--model", folder, "--dry-run") == 0
+    assert "6 (3 a prompt)" in capfd.readouterr().out
+
+
 def test_a_plan_of_a_model_that_is_not_here_fetches_nothing(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -223,6 +232,8 @@ def refusal(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--prompts", "empty.txt"], "has no prompts"),
         (["A dog.", "--out", "empty.txt"], "is a file"),
         (["A dog.", "--out", "empty.txt/pictures"], "is a file"),
+        (["A dog.", "--preview", "."], "is a folder; name a file with --preview"),
+        (["A dog.", "--preview", "empty.txt/now.png"], "is a file; choose another --preview"),
     ],
 )
 def test_a_wrong_setting_is_refused(

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from limner import artifacts
-from limner.errors import ConfigError, ModelError
+from limner.errors import ModelError
 from limner.generation import painters, provenance, ranking, setup, sources
 from limner.generation.engine import OnStep
 from limner.generation.jobs import Job, Spec, make_jobs, read_embeddings, read_loras, read_spec, warn_of_sizes
-from limner.generation.painters import LatentDiffusion, OnPreview, Painter, Pipeline
+from limner.generation.painters import LatentDiffusion, OnPreview, Painter
+from limner.generation.pipeline import Pipeline
 from limner.models import hub, inversion, lora
 from limner.models.inversion import Inversion
 from limner.models.lora import Lora
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from limner.config import Engine, Format, Precision
-
-
-DEVICES = ("cpu", "cuda", "mps")
-"""Those of torch's that compute pictures."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Model:
         Raises ModelError, also where one of those doesn't fit, or ConfigError for a device that is not there.
         """
         self.spec = spec
-        self.device = choose_device(device)
+        self.device = setup.choose_device(device)
         self.setup = setup.choose(self.device, precision, low_memory, engine)
         self.loras = loras
         self.embeddings = embeddings
@@ -128,7 +125,7 @@ class Model:
     def _alter(self, name: str, network: Any, tokenizer: Any) -> None:
         """Add to a network what is asked for beside the model itself."""
         if self.loras and name in lora.ALTERED:
-            lora.fuse(self.loras, {name: network})
+            lora.fuse(self.loras, name, network)
         if name == "text_encoder":
             inversion.add(self.embeddings, tokenizer, network)
 
@@ -302,17 +299,3 @@ def _configuration(scheduler: Any) -> dict[str, Any]:
     """A scheduler's settings as JSON has them, which doesn't know infinity."""
     settings: dict[str, Any] = json.loads(scheduler.to_json_string(), parse_constant=str)
     return settings
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the GPU when there is one. Raises ConfigError where it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        device = None
-    if device is None or device.type not in DEVICES:
-        raise ConfigError(f"There is no device {name!r} here; leave out --device, or name cpu or cuda.")
-    return device

@@ -11,6 +11,8 @@ from limner.config import Engine, Precision
 from limner.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEVICES = ("cpu", "cuda", "mps")
+"""Those of torch's that compute pictures."""
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 """Names of processors' instructions that multiply matrices of bf16 faster than those of fp32."""
 
@@ -30,6 +32,20 @@ class Setup:
     def dtype(self) -> torch.dtype:
         """Of torch's weights and activations; the scheduler's arithmetic is in fp32. OpenVINO rounds for itself."""
         return DTYPES[self.precision if self.engine == "torch" else "fp32"]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the GPU when there is one. Raises ConfigError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type not in DEVICES:
+        raise ConfigError(f"There is no device {name!r} here; leave out --device, or name cpu or cuda.")
+    return device
 
 
 def choose(

@@ -22,7 +22,14 @@ def lay_bare(network: nn.Module) -> None:
             layer.__class__ = LAYERS[type(layer)]
 
 
-class Linear(nn.Linear):
+class Empty:
+    """A layer whose weights come from a file, and are nothing before."""
+
+    def reset_parameters(self) -> None:
+        """Leave them as they are."""
+
+
+class Linear(Empty, nn.Linear):
     """(..., C) -> (..., C')."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -30,7 +37,7 @@ class Linear(nn.Linear):
         return nn.functional.linear(x, own["weight"], own["bias"])
 
 
-class Convolution(nn.Conv2d):
+class Convolution(Empty, nn.Conv2d):
     """(N, C, H, W) -> (N, C', H', W')."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -38,7 +45,7 @@ class Convolution(nn.Conv2d):
         return torch.conv2d(x, own["weight"], own["bias"], self.stride, self.padding, self.dilation, self.groups)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Empty, nn.LayerNorm):
     """(..., C) -> (..., C)."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -46,7 +53,7 @@ class LayerNorm(nn.LayerNorm):
         return torch.layer_norm(x, self.normalized_shape, own["weight"], own["bias"], self.eps)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Empty, nn.GroupNorm):
     """(N, C, ...) -> (N, C, ...)."""
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -204,8 +204,11 @@ def cached(ref: str) -> Path | None:
         except HFValidationError:
             return None
         if isinstance(found, str):
-            index = json.loads(Path(found).read_text(encoding="utf-8")) if name == "model_index.json" else {}
             folder = Path(found).parent
+            try:
+                index = json.loads(Path(found).read_text(encoding="utf-8")) if name == "model_index.json" else {}
+            except ValueError:  # cut off
+                return None
             parts = {folder / part: cls for part, (_, cls) in pipeline_parts(index).items()} or {folder: ""}
             if (folder / "clip").is_dir():
                 parts[folder / "clip"] = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,33 +138,30 @@ def _number(text: str) -> float | None:
 
 
 @torch.no_grad()
-def fuse(loras: Iterable[Lora], networks: Mapping[str, Any]) -> None:
-    """Add LoRAs to the weights of networks, by their names `unet` or `text_encoder`, one after the other.
+def fuse(loras: Iterable[Lora], name: str, network: Any) -> None:
+    """Add LoRAs to the weights of a network, the `unet` or the `text_encoder`, one after the other.
 
-    What a LoRA has for the other of the two is left out where that is not among `networks`.
     Drawing then costs no more than without. Raises ModelError that names what doesn't fit, ConfigError without PEFT.
     """
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin as Loader
     from diffusers.utils import recurse_remove_peft_layers, set_weights_and_activate_adapters
 
     peft = require_peft()
-    into = {"unet": Loader.load_lora_into_unet, "text_encoder": Loader.load_lora_into_text_encoder}
+    into = {"unet": Loader.load_lora_into_unet, "text_encoder": Loader.load_lora_into_text_encoder}[name]
     for lora in loras:
         tensors, settings = _read(lora.file)
-        for name in _fitting(lora.file, tensors, networks):
-            if lora.weight == 0:
-                continue  # even the rows of a DoRA then keep their length
-            network = networks[name]
-            with loading.reading("LoRA", lora.file):
-                own = {key: value for key, value in settings.items() if key.startswith(f"{name}.")}
-                into[name](tensors, None, network, adapter_name=ADAPTER, metadata=own or None)
-                set_weights_and_activate_adapters(network, [ADAPTER], [lora.weight])
-                for layer in network.modules():
-                    if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-                        layer.merge()
-                recurse_remove_peft_layers(network)
-            del network.peft_config
-            network._hf_peft_config_loaded = False
+        if not _changes(lora.file, tensors, name, network) or lora.weight == 0:
+            continue  # at 0 even the rows of a DoRA then keep their length
+        with loading.reading("LoRA", lora.file):
+            own = {key: value for key, value in settings.items() if key.startswith(f"{name}.")}
+            into(tensors, None, network, adapter_name=ADAPTER, metadata=own or None)
+            set_weights_and_activate_adapters(network, [ADAPTER], [lora.weight])
+            for layer in network.modules():
+                if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+                    layer.merge()
+            recurse_remove_peft_layers(network)
+        del network.peft_config
+        network._hf_peft_config_loaded = False
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -193,31 +190,28 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return StableDiffusionLoraLoaderMixin.lora_state_dict(tensors)[0], {}
 
 
-def _fitting(file: Path, tensors: dict[str, Tensor], networks: Mapping[str, Any]) -> list[str]:
-    """The networks that a LoRA changes. Raises ModelError that names the first of its tensors that fits none."""
+def _changes(file: Path, tensors: dict[str, Tensor], name: str, network: Any) -> bool:
+    """Whether a LoRA changes a network. Raises ModelError that names the first of its tensors that doesn't fit."""
 
     def refuse(what: str) -> ModelError:
         return ModelError(f"The LoRA {file} is not for this model ({what}); choose one that was made for its kind.")
 
-    by_network: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        network, _, rest = name.partition(".")
-        if network not in ALTERED:
-            raise refuse(f"it changes {name}, which is not there")
-        if network in networks:
-            by_network.setdefault(network, {})[rest] = tensor
-    for network, own in by_network.items():
-        layers: dict[str, nn.Module] = dict(networks[network].named_modules())
-        with loading.reading("LoRA", file):
-            named = _in_peft(network, own, layers)
-        for name, tensor in named.items():
-            found = IN_PEFT.fullmatch(name)
-            weight = getattr(layers.get(found["layer"]), "weight", None) if found else None
-            if found is None or weight is None or weight.ndim < 2:
-                raise refuse(f"it changes {name} of the {loading.NOUNS[network]}, which is not there")
-            if not _matches(found["part"], tensor, weight):
-                raise refuse(f"{name} is of shape {tuple(tensor.shape)}, for weights of shape {tuple(weight.shape)}")
-    return list(by_network)
+    if other := [changed for changed in tensors if changed.partition(".")[0] not in ALTERED]:
+        raise refuse(f"it changes {other[0]}, which is not there")
+    own = {changed.partition(".")[2]: tensor for changed, tensor in tensors.items() if changed.startswith(f"{name}.")}
+    if not own:
+        return False
+    layers: dict[str, nn.Module] = dict(network.named_modules())
+    with loading.reading("LoRA", file):
+        named = _in_peft(name, own, layers)
+    for changed, tensor in named.items():
+        found = IN_PEFT.fullmatch(changed)
+        weight = getattr(layers.get(found["layer"]), "weight", None) if found else None
+        if found is None or weight is None or weight.ndim < 2:
+            raise refuse(f"it changes {changed} of the {loading.NOUNS[name]}, which is not there")
+        if not _matches(found["part"], tensor, weight):
+            raise refuse(f"{changed} is of shape {tuple(tensor.shape)}, for weights of shape {tuple(weight.shape)}")
+    return True
 
 
 def _matches(part: str, tensor: Tensor, weight: Tensor) -> bool:

@@ -77,7 +77,7 @@ class Shelf:
         self, specs: dict[str, Spec], loras: Mapping[str, Lora], device: str | None, memory: float | None
     ) -> None:
         """`memory` is what the weights may take, in GiB. Raises ConfigError for a device that is not there."""
-        from limner.generation.model import choose_device
+        from limner.generation.setup import choose_device
 
         self.specs, self.loras = specs, loras
         self.device = choose_device(device)

@@ -72,7 +72,10 @@ def run(config: AssembleConfig) -> Path:
 
 
 def plan(config: AssembleConfig) -> dict[str, Any]:
-    """What `run` would do; nothing is written. Raises as `run` does."""
+    """What `run` would do; nothing is fetched or written. Raises as `run` does."""
+    refs = dict.fromkeys((config.clip, config.vae, config.unet))
+    if away := [ref for ref in refs if loading.resolve_here(ref) is None]:
+        return {"parts": f"{', '.join(away)}, to be fetched; what they hold is not known yet", "out": config.out}
     parts = _load(config)
     _check_fit(parts)
     _is_there(config.out, _facts(config, parts, _card_text(config)))

@@ -35,7 +35,7 @@ def examine() -> dict[str, Any]:
     from huggingface_hub import constants
 
     from limner.generation import setup
-    from limner.generation.model import choose_device
+    from limner.generation.setup import choose_device
 
     device = choose_device(None)
     able = torch.cpu.get_capabilities()

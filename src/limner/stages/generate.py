@@ -16,13 +16,12 @@ from limner import artifacts
 from limner.config import GenerateConfig
 from limner.diffusion import samplers
 from limner.errors import ConfigError
-from limner.generation import grids, provenance, ranking, sheets, sources, terminal
+from limner.generation import catalogue, grids, provenance, ranking, setup, sheets, sources, terminal
 from limner.generation import prompts as texts
 from limner.generation.jobs import (
     Job,
     Spec,
     check_count,
-    count_parameters,
     make_jobs,
     read_embeddings,
     read_loras,
@@ -112,15 +111,17 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         return {"model": f"{config.model}, to be fetched; its size is not known yet", "pictures": pictures}
     spec, loras, embeddings, cells = _read(config, there)
     jobs = [job for cell in cells for job in cell]
-    first, counts = jobs[0], count_parameters(spec)
+    first, found = jobs[0], catalogue.look_into(config.model, there)
+    how = setup.choose(setup.choose_device(config.device), config.precision, config.low_memory, config.engine)
+    needed = found.memory(how.precision, low_memory=config.low_memory)
     seeds = sorted({job.seed for job in jobs})
     return {
         "model": f"{spec.ref} ({spec.pipeline})",
         **({"LoRAs": ", ".join(f"{lora.ref} at {lora.weight:g}" for lora in loras)} if loras else {}),
         **({"embeddings": ", ".join(f"{added.ref} as {added.token}" for added in embeddings)} if embeddings else {}),
-        "parameters": ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in counts.items()),
-        "memory": f"{sum(counts.values()) * 4 / 2**20:,.0f} MiB for the weights, more while drawing",
-        "pictures": f"{len(jobs)} ({len(jobs) // len(_prompts(config))} a prompt), {_shown_size(first)}",
+        "parameters": ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in found.parameters.items()),
+        "memory": f"about {needed / 2**20:,.0f} MiB in {how.precision}, estimated",
+        "pictures": f"{len(jobs)} ({len(cells) * _drawn(config)} a prompt), {_shown_size(first)}",
         "seeds": seeds[0] if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
         "steps": first.steps or OWN,
         "guidance": first.guidance or OWN,
@@ -140,7 +141,11 @@ def _read(
     """The model's own settings, read from `folder` where that is known already, what is added to it, and the jobs, by
     the cells of the grid; without one all are in one."""
     prompts = _prompts(config)
-    _check_out(config.out)
+    check_out(config.out, "--out")
+    if config.preview is not None:
+        if config.preview.is_dir():
+            raise ConfigError(f"{config.preview} is a folder; name a file with --preview.")
+        check_out(config.preview.parent, "--preview")
     _count(config, prompts)  # which refuses what is too many
     cells = grids.cells(config, _axes(config))
     image = None if config.image is None else sources.read_picture(config.image)
@@ -208,10 +213,10 @@ def _prompts(config: GenerateConfig) -> Sequence[str]:
     return prompts
 
 
-def _check_out(out: Path) -> None:
-    """Raise ConfigError where pictures can't be written, before time is spent on drawing them."""
+def check_out(out: Path, flag: str) -> None:
+    """Raise ConfigError where files can't be written into a folder, before time is spent on drawing them."""
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise ConfigError(f"{there} is a file; choose another --out.")
+        raise ConfigError(f"{there} is a file; choose another {flag}.")
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise ConfigError(f"There is no right to write in {there}; choose another --out.")
+        raise ConfigError(f"There is no right to write in {there}; choose another {flag}.")

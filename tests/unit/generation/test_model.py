@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 import limner
 from limner.config import Precision
 from limner.errors import ConfigError, ModelError
-from limner.generation import catalogue, painters, provenance
+from limner.generation import catalogue, painters, pipeline, provenance
 from limner.generation.engine import to_images
 from limner.generation.jobs import make_jobs
 from limner.generation.model import Model
@@ -252,6 +254,40 @@ def test_another_pipeline_refuses_what_it_would_drop(other: Path) -> None:
             model(prompt)
     with pytest.raises(ConfigError, match="draws with its own scheduler alone"):
         model("A dog.", scheduler="euler")
+    with pytest.raises(ConfigError, match="in memory as a whole on a CPU"):
+        Model.load(str(other), "cpu", low_memory=True)
+
+
+def test_a_pipeline_without_steps_and_sizes_is_given_none(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as unCLIP, which has steps for each of its stages, and one size."""
+    model = Model.load(str(other), "cpu", precision="fp32")
+    takes = model.painter.takes
+    left = {name: taken for name, taken in takes.items() if name not in {"num_inference_steps", "width", "height"}}
+    monkeypatch.setattr(model.painter, "takes", left)
+    [picture] = model("A dog.").pictures
+    assert picture.record["steps"] is None
+    for setting in ({"steps": 3}, {"size": 16}):
+        with pytest.raises(ConfigError, match=f"has no {next(iter(setting))} setting"):
+            model("A dog.", **setting)
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures"),
+    [
+        ("AudioLDM2Pipeline", False),
+        ("StableAudioPipeline", False),
+        ("WanPipeline", False),
+        ("TextToVideoZeroPipeline", False),
+        ("CogVideoXPipeline", False),
+        ("StableDiffusionXLPipeline", True),
+        ("FluxPipeline", True),
+        ("PixArtSigmaPipeline", True),
+        ("StableCascadeCombinedPipeline", True),
+    ],
+)
+def test_pipelines_that_make_sounds_and_films_are_told_apart(name: str, pictures: bool) -> None:
+    takes = inspect.signature(getattr(diffusers, name).__call__).parameters
+    assert pipeline.makes_pictures(takes) == pictures
 
 
 def test_a_pipeline_without_guidance_is_given_none(

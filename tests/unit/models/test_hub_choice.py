@@ -103,6 +103,10 @@ def test_a_cached_model_is_whole_when_each_part_has_its_weights(
     assert hub.cached("owner/model") is None, "its CLIP has no weights yet"
     files(snapshot, "clip/model.safetensors")
     assert hub.cached("owner/model") == snapshot
+    whole = (snapshot / "model_index.json").read_text()
+    (snapshot / "model_index.json").write_text(whole[:20])
+    assert hub.cached("owner/model") is None, "cut off"
+    (snapshot / "model_index.json").write_text(whole)
     (snapshot / "model_index.json").rename(snapshot / "config.json")
     assert hub.cached("owner/model") is None, "a single part, without weights"
     files(snapshot, "model.safetensors")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from limner.models.bare import Convolution, GroupNorm, Linear
+
 
 class Layers(nn.Module):
     """Layers by their names in the files, and facts about them."""
@@ -44,21 +46,21 @@ class Network(Layers):
 def new_resnet(inputs: int, outputs: int, groups: int, eps: float, time: int | None = None) -> Layers:
     """ResnetBlock2D, whose embeddings of the timestep are `time` wide where there are some."""
     return Layers(
-        norm1=nn.GroupNorm(groups, inputs, eps),
-        conv1=nn.Conv2d(inputs, outputs, 3, padding=1),
-        norm2=nn.GroupNorm(groups, outputs, eps),
-        conv2=nn.Conv2d(outputs, outputs, 3, padding=1),
-        conv_shortcut=None if inputs == outputs else nn.Conv2d(inputs, outputs, 1),
-        **({} if time is None else {"time_emb_proj": nn.Linear(time, outputs)}),
+        norm1=GroupNorm(groups, inputs, eps),
+        conv1=Convolution(inputs, outputs, 3, padding=1),
+        norm2=GroupNorm(groups, outputs, eps),
+        conv2=Convolution(outputs, outputs, 3, padding=1),
+        conv_shortcut=None if inputs == outputs else Convolution(inputs, outputs, 1),
+        **({} if time is None else {"time_emb_proj": Linear(time, outputs)}),
     )
 
 
 def new_attention(width: int, seen: int, heads: int, *, bias: bool = False) -> Layers:
     """Attention of tokens of one width to those of another."""
     return Layers(
-        to_q=nn.Linear(width, width, bias=bias),
-        to_k=nn.Linear(seen, width, bias=bias),
-        to_v=nn.Linear(seen, width, bias=bias),
-        to_out=[nn.Linear(width, width)],
+        to_q=Linear(width, width, bias=bias),
+        to_k=Linear(seen, width, bias=bias),
+        to_v=Linear(seen, width, bias=bias),
+        to_out=[Linear(width, width)],
         heads=heads,
     )

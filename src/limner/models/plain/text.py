@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from limner.models import staged
+from limner.models.bare import LayerNorm, Linear
 from limner.models.plain.layers import Layers, Network
 
 DEFAULTS: dict[str, Any] = {
@@ -103,12 +104,10 @@ class TextEncoder(Network):
         width, inner, eps = known["hidden_size"], known["intermediate_size"], known["layer_norm_eps"]
         layers = [
             Layers(
-                layer_norm1=nn.LayerNorm(width, eps),
-                self_attn=Layers(
-                    **{name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-                ),
-                layer_norm2=nn.LayerNorm(width, eps),
-                mlp=Layers(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width)),
+                layer_norm1=LayerNorm(width, eps),
+                self_attn=Layers(**{name: Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}),
+                layer_norm2=LayerNorm(width, eps),
+                mlp=Layers(fc1=Linear(width, inner), fc2=Linear(inner, width)),
             )
             for _ in range(known["num_hidden_layers"])
         ]
@@ -119,7 +118,7 @@ class TextEncoder(Network):
                 position_embedding=nn.Embedding.from_pretrained(torch.empty(known["max_position_embeddings"], width)),
             ),
             encoder=Layers(layers=layers),
-            final_layer_norm=nn.LayerNorm(width, eps),
+            final_layer_norm=LayerNorm(width, eps),
             config=SimpleNamespace(**known),
             act=ACTIVATIONS[known["hidden_act"]],
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from limner.models import staged
+from limner.models.bare import Convolution, GroupNorm, LayerNorm, Linear
 from limner.models.plain.layers import Layers, Network, new_attention, new_resnet
 
 
@@ -31,20 +32,18 @@ class UNet(Network):
         def transformer(width: int, of: int) -> Layers:
             inner = [
                 Layers(
-                    norm1=nn.LayerNorm(width),
+                    norm1=LayerNorm(width),
                     attn1=new_attention(width, width, of),
-                    norm2=nn.LayerNorm(width),
+                    norm2=LayerNorm(width),
                     attn2=new_attention(width, known["cross_attention_dim"], of),
-                    norm3=nn.LayerNorm(width),
-                    ff=Layers(
-                        net=[Layers(proj=nn.Linear(width, 8 * width)), nn.Identity(), nn.Linear(4 * width, width)]
-                    ),
+                    norm3=LayerNorm(width),
+                    ff=Layers(net=[Layers(proj=Linear(width, 8 * width)), nn.Identity(), Linear(4 * width, width)]),
                 )
                 for _ in range(known["transformer_layers_per_block"])
             ]
             linear = known["use_linear_projection"]
-            project = [nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1) for _ in range(2)]
-            norm = nn.GroupNorm(groups, width, 1e-6)
+            project = [Linear(width, width) if linear else Convolution(width, width, 1) for _ in range(2)]
+            norm = GroupNorm(groups, width, 1e-6)
             return Layers(
                 norm=norm,
                 proj_in=project[0],
@@ -67,7 +66,7 @@ class UNet(Network):
             sizes = [(hidden if j == 0 else width, width) for j in range(known["layers_per_block"])]
             hidden, last = width, i == len(channels) - 1
             skipped += [width] * (len(sizes) if last else len(sizes) + 1)
-            halved = None if last else [Layers(conv=nn.Conv2d(width, width, 3, stride=2, padding=1))]
+            halved = None if last else [Layers(conv=Convolution(width, width, 3, stride=2, padding=1))]
             downs.append(Layers(**block(kind, sizes, heads[i]), downsamplers=halved))
         middle = Layers(
             resnets=[new_resnet(hidden, hidden, groups, eps, time) for _ in range(2)],
@@ -78,16 +77,16 @@ class UNet(Network):
             for _ in range(known["layers_per_block"] + 1):
                 sizes.append((hidden + skipped.pop(), channels[i]))
                 hidden = channels[i]
-            doubled = [Layers(conv=nn.Conv2d(hidden, hidden, 3, padding=1))] if i else None
+            doubled = [Layers(conv=Convolution(hidden, hidden, 3, padding=1))] if i else None
             ups.append(Layers(**block(kind, sizes, heads[i]), upsamplers=doubled))
         super().__init__(
-            conv_in=nn.Conv2d(known["in_channels"], channels[0], entering, padding=(entering - 1) // 2),
+            conv_in=Convolution(known["in_channels"], channels[0], entering, padding=(entering - 1) // 2),
             time_embedding=Time(channels[0], time, known["time_cond_proj_dim"]),
             down_blocks=downs,
             mid_block=middle,
             up_blocks=ups,
-            conv_norm_out=nn.GroupNorm(groups, hidden, eps),
-            conv_out=nn.Conv2d(hidden, known["out_channels"], leaving, padding=(leaving - 1) // 2),
+            conv_norm_out=GroupNorm(groups, hidden, eps),
+            conv_out=Convolution(hidden, known["out_channels"], leaving, padding=(leaving - 1) // 2),
             config=known,
         )
 
@@ -108,9 +107,9 @@ class Time(Layers):
 
     def __init__(self, inputs: int, outputs: int, condition: int | None) -> None:
         super().__init__(
-            linear_1=nn.Linear(inputs, outputs),
-            cond_proj=None if condition is None else nn.Linear(condition, inputs, bias=False),
-            linear_2=nn.Linear(outputs, outputs),
+            linear_1=Linear(inputs, outputs),
+            cond_proj=None if condition is None else Linear(condition, inputs, bias=False),
+            linear_2=Linear(outputs, outputs),
         )
 
     def forward(self, waves: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, silu
 
 from limner.models import staged
+from limner.models.bare import Convolution, GroupNorm
 from limner.models.plain.layers import Layers, Network, new_attention, new_resnet
 
 DEFAULTS: dict[str, Any] = {
@@ -52,28 +53,28 @@ class Vae(Network):
         def half(inputs: int, outputs: int, ends: Sequence[int], **rest: Any) -> Layers:
             first, last = ends
             return Layers(
-                conv_in=nn.Conv2d(inputs, first, 3, padding=1),
+                conv_in=Convolution(inputs, first, 3, padding=1),
                 mid_block=self._middle(channels[-1], groups, attends=known["mid_block_add_attention"]),
-                conv_norm_out=nn.GroupNorm(groups, last, 1e-6),
-                conv_out=nn.Conv2d(last, outputs, 3, padding=1),
+                conv_norm_out=GroupNorm(groups, last, 1e-6),
+                conv_out=Convolution(last, outputs, 3, padding=1),
                 **rest,
             )
 
-        down = blocks(channels, layers, downsamplers=lambda width: nn.Conv2d(width, width, 3, stride=2))
-        up = blocks(channels[::-1], layers + 1, upsamplers=lambda width: nn.Conv2d(width, width, 3, padding=1))
+        down = blocks(channels, layers, downsamplers=lambda width: Convolution(width, width, 3, stride=2))
+        up = blocks(channels[::-1], layers + 1, upsamplers=lambda width: Convolution(width, width, 3, padding=1))
         ends = channels[0], channels[-1]
         super().__init__(
             encoder=half(known["in_channels"], 2 * latent, ends, down_blocks=[*down]),
             decoder=half(latent, known["out_channels"], ends[::-1], up_blocks=[*up]),
-            quant_conv=nn.Conv2d(2 * latent, 2 * latent, 1) if known["use_quant_conv"] else None,
-            post_quant_conv=nn.Conv2d(latent, latent, 1) if known["use_post_quant_conv"] else None,
+            quant_conv=Convolution(2 * latent, 2 * latent, 1) if known["use_quant_conv"] else None,
+            post_quant_conv=Convolution(latent, latent, 1) if known["use_post_quant_conv"] else None,
             config=known,
         )
 
     @staticmethod
     def _middle(width: int, groups: int, *, attends: bool) -> Layers:
         attention = new_attention(width, width, 1, bias=True)
-        attention.group_norm = nn.GroupNorm(groups, width, 1e-6)
+        attention.group_norm = GroupNorm(groups, width, 1e-6)
         return Layers(
             resnets=[new_resnet(width, width, groups, 1e-6) for _ in range(2)],
             attentions=[attention] if attends else [],

@@ -8,10 +8,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+_counting = threading.Lock()
+"""Held while torch's number of threads may be a pool's, which a thread that then asks for the first time would keep."""
+
+
+def available() -> int:
+    """How many threads torch computes with where nothing else is said; also right while another makes a pool."""
+    with _counting:
+        return torch.get_num_threads()
+
+
+def pool_of(count: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that stay, each of which computes with so many of torch's. Those who ask at once have the same."""
+    with _counting:
+        return _pool_of(count, threads)
+
 
 @functools.cache
-def pool_of(count: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that stay, each of which computes with so many of torch's."""
+def _pool_of(count: int, threads: int) -> ThreadPoolExecutor:
     pool, begun = ThreadPoolExecutor(count, "lane"), threading.Barrier(count + 1)
     before = torch.get_num_threads()
 

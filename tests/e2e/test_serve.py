@@ -120,6 +120,13 @@ def test_webuiapi_draws_what_generate_draws(server: Server, folder: Path, tmp_pa
     assert "Karras" in named.info["infotexts"][0]
 
 
+def test_a1111_s_side_that_is_left_out_is_the_model_s_own(server: Server) -> None:
+    for sides, drawn in (({"width": 24}, (24, 16)), ({"height": 24}, (16, 24)), ({}, (16, 16))):
+        status, answer = server.call("POST", "/sdapi/v1/txt2img", {"prompt": PROMPT, "steps": 1, **sides})
+        info = json.loads(answer["info"])
+        assert (status, info["width"], info["height"]) == (200, *drawn)
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A picture to begin with, and a mask that is white on its left half."""
@@ -604,8 +611,26 @@ def test_bad_starts_are_one_sentence(
             said = capfd.readouterr().err
             assert words in said, said
             assert said.count("\n") == 1, said
-    assert limner("serve", folder, "--dry-run") == 0
-    assert "model tiny" in capfd.readouterr().out
+
+
+def test_a_plan_fetches_nothing_and_looks_at_all_that_is_here(
+    folder: Path, lora: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    planned = ("serve", folder, "nobody/nothing", "--dry-run")
+    assert limner(*planned, "--lora", f"{lora}:0.7", "--set", 'reports={"nobody/nothing": "x"}') == 0
+    told = capfd.readouterr().out
+    assert "model tiny " in told
+    assert "to be fetched" in told
+    assert "wild at 0.7" in told
+    for arguments, words in (
+        (("--lora", tmp_path / "missing"), "no LoRA"),
+        (("--set", 'reports={"other": "x"}'), "no model of this server"),
+        (("--set", 'reports={"tiny": "x"}'), "no report x"),
+    ):
+        assert limner(*planned, *arguments) == 2
+        assert words in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_rights_is_one_sentence(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-import torch
-
-from limner.threads import pool_of
+from limner.threads import available, pool_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,12 +29,12 @@ def threads_for(parameters: int, places: int) -> int:
 
     It depends on nothing else but the threads that there are, as the last bits of a picture depend on it.
     """
-    return max(1, min(torch.get_num_threads(), math.ceil(parameters * places / BUSY)))
+    return max(1, min(available(), math.ceil(parameters * places / BUSY)))
 
 
 def lanes(threads: int) -> int:
     """How many pictures are drawn at once, by so many threads each."""
-    return torch.get_num_threads() // threads
+    return available() // threads
 
 
 def side_by_side(

@@ -13,7 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from limner.diffusion.samplers import SAMPLERS, fitting
+from limner.errors import ConfigError
 from limner.generation import provenance
+from limner.generation.jobs import Spec
 from limner.serving.access import Client, From
 from limner.serving.answers import documented
 from limner.serving.openai_api import drawn
@@ -51,6 +53,7 @@ class Txt2Img(BaseModel):
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     cfg_scale: Annotated[float, Field(ge=1, le=100)] | None = None
     width: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """Width or height alone has the model's own beside it; without both, a picture to begin with gives the shape."""
     height: Annotated[int, Field(ge=1, le=8192)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=1000)] = 1
     n_iter: Annotated[int, Field(ge=1, le=100)] = 1
@@ -63,9 +66,8 @@ class Txt2Img(BaseModel):
     send_images: bool = True
     override_settings: Overrides = Overrides()
 
-    def to_job(self, **pictures: Any) -> JobRequest:
-        """The same, as a job; `pictures` are image, mask and strength."""
-        sized = self.width and self.height
+    def to_job(self, model: str, spec: Spec, **pictures: Any) -> JobRequest:
+        """The same, as a job of that model; `pictures` are image, mask and strength. Raises ConfigError."""
         sampler = self.sampler_name or self.sampler_index or None
         karras = (self.scheduler or "").lower() == "karras" and not (sampler or "").lower().endswith("karras")
         return JobRequest(
@@ -73,14 +75,23 @@ class Txt2Img(BaseModel):
             prompt=ADDED.sub("", self.prompt),
             loras=tuple(":".join(filter(None, both)) for both in ADDED.findall(self.prompt)),
             negative=self.negative_prompt or "",
-            model=self.override_settings.sd_model_checkpoint,
+            model=model,
             n=self.batch_size * self.n_iter,
             seed=self.seed,
             steps=self.steps,
             guidance=self.cfg_scale,
-            size=f"{self.width}x{self.height}" if sized else None,
+            size=self._size(spec),
             scheduler=f"{sampler} Karras" if sampler and karras else sampler,
         )
+
+    def _size(self, spec: Spec) -> str | None:
+        """WIDTHxHEIGHT. Raises ConfigError where one of both is the model's own, which it doesn't tell."""
+        if self.width is None and self.height is None:
+            return None
+        if spec.size is None and (self.width is None or self.height is None):
+            raise ConfigError(f"A {spec.pipeline} doesn't tell its own size; name width and height, or neither.")
+        width, height = spec.size or (None, None)
+        return f"{self.width or width}x{self.height or height}"
 
 
 class Img2Img(Txt2Img):
@@ -164,7 +175,7 @@ class SdModel(BaseModel):
 @routes.post("/txt2img", responses=documented(400, 404, 409, 413, 429, 500))
 async def txt2img(request: Txt2Img, service: Served, client: From) -> Drawn:
     """Draw, and answer when it is done."""
-    return await _answer(request, request.to_job(), service, client)
+    return await _answer(request, service, client)
 
 
 @routes.post("/img2img", responses=documented(400, 404, 409, 413, 429, 500))
@@ -173,14 +184,14 @@ async def img2img(request: Img2Img, service: Served, client: From) -> Drawn:
     mask = request.mask
     if mask is not None and request.inpainting_mask_invert:
         mask = await run_in_threadpool(service.uploads.inverted, mask)
-    wanted = request.to_job(image=request.init_images[0], mask=mask, strength=request.denoising_strength)
-    return await _answer(request, wanted, service, client)
+    pictures = {"image": request.init_images[0], "mask": mask, "strength": request.denoising_strength}
+    return await _answer(request, service, client, **pictures)
 
 
-async def _answer(request: Txt2Img, wanted: JobRequest, service: Service, client: Client) -> Drawn:
-    wanted = wanted.model_copy(update={"model": wanted.model or service.chosen.get(client.owner)})
-    job, files = await drawn(service, wanted, client)
-    pictures = [await run_in_threadpool(file.read_bytes) for file in files]
+async def _answer(request: Txt2Img, service: Service, client: Client, **pictures: Any) -> Drawn:
+    model = service.model_name(request.override_settings.sd_model_checkpoint or service.chosen.get(client.owner))
+    job, files = await drawn(service, request.to_job(model, service.specs[model], **pictures), client)
+    contents = [await run_in_threadpool(file.read_bytes) for file in files]
     records = [await run_in_threadpool(provenance.read, file) for file in files]
     info = {
         "prompt": request.prompt,
@@ -196,7 +207,7 @@ async def _answer(request: Txt2Img, wanted: JobRequest, service: Service, client
         "infotexts": [provenance.parameters(record) for record in records],
         "job": job.id,
     }
-    images = [base64.b64encode(picture).decode() for picture in pictures] if request.send_images else []
+    images = [base64.b64encode(content).decode() for content in contents] if request.send_images else []
     return Drawn(images=images, parameters=request.model_dump(exclude={"init_images", "mask"}), info=json.dumps(info))
 
 

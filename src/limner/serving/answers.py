@@ -78,6 +78,12 @@ def no_database(error: SQLAlchemyError) -> JSONResponse:
     return refusal(503, "The server's database does not answer; try again.", _retry(RETRY))
 
 
+def no_disk(error: OSError) -> str:
+    """What who needs the disk is told when it can't be used, without the name of the file."""
+    log.error("the disk can't be used", exc_info=error)
+    return f"The server's disk can't be used ({(error.strerror or 'no reason known').lower()}); try again later."
+
+
 def _retry(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
@@ -110,9 +116,7 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(OSError)
     def disk(_: Request, error: OSError) -> JSONResponse:
-        log.error("the disk can't be used", exc_info=error)
-        reason = (error.strerror or "no reason known").lower()
-        return refusal(503, f"The server's disk can't be used ({reason}); try again later.", _retry(RETRY))
+        return refusal(503, no_disk(error), _retry(RETRY))
 
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(ValidationError)  # of a job that another's request comes to

@@ -63,7 +63,7 @@ class Controls:
                     elem_id="loras",
                 )
             with gr.Row(**row):
-                self.rescale = _number("Guidance rescale", 0, 1, 0, step=0.1)
+                self.guidance_rescale = _number("Guidance rescale", 0, 1, 0, step=0.1)
                 self.variation = gr.Textbox(
                     "", label="Variation", placeholder="seed:strength", max_length=40, min_width=120
                 )
@@ -78,8 +78,7 @@ class Controls:
     @property
     def fields(self) -> dict[str, Any]:
         """The control of each field of a JobRequest."""
-        other = {"guidance_rescale": self.rescale}
-        return {name: other.get(name) or getattr(self, name) for name in JobRequest.model_fields}
+        return {name: getattr(self, name) for name in JobRequest.model_fields}
 
     @property
     def by_model(self) -> list[Any]:

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from starlette.routing import Mount
+from starlette.routing import Mount, Route
 
 from limner.serving.service import Service
 
@@ -21,9 +21,9 @@ log = logging.getLogger("limner.serve")
 
 PATH = "/page"
 LOOK = 0.05  # seconds between looks whether the server draws
-WAIT = (
-    '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="1"><title>Limner</title>'
-    '<meta name="color-scheme" content="light dark"><p style="font-family: system-ui; margin: 3em">Limner is starting.'
+PLAIN = (  # a page of one sentence, which comes behind it
+    '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Limner</title>'
+    '<meta name="color-scheme" content="light dark"><p style="font-family: system-ui; margin: 3em">'
 )
 ICON = (  # a picture in its frame
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#0d9488"/>'
@@ -40,7 +40,7 @@ def add(app: FastAPI) -> None:
 
     @app.get(f"{PATH}/", include_in_schema=False)
     def wait() -> HTMLResponse:
-        return HTMLResponse(WAIT, headers={"Cache-Control": "no-store"})
+        return HTMLResponse(PLAIN + "Limner is starting.", headers={"Cache-Control": "no-store", "Refresh": "1"})
 
     @app.get("/favicon.ico", include_in_schema=False)
     def icon() -> Response:
@@ -70,25 +70,32 @@ async def _open(app: FastAPI, service: Service, ending: Future[None]) -> None:
     """Load the page, put it at `PATH`, and keep it going until the end, which may come before it is there."""
     while not service.worker.ready and not ending.done():
         await asyncio.sleep(LOOK)
-    loaded: Future[FastAPI] = asyncio.get_running_loop().create_future()
+    loaded: Future[FastAPI | None] = asyncio.get_running_loop().create_future()
     threading.Thread(target=_load, args=(service, loaded), daemon=True).start()
     either: set[Future[Any]] = {loaded, ending}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if ending.done():
         return
     inner = loaded.result()
+    if inner is None:
+        app.router.routes.insert(0, Route(f"{PATH}/", _no_page))
+        return
     async with inner.router.lifespan_context(inner):
         app.router.routes.insert(0, Mount(PATH, inner.routes[-1].app))  # type: ignore[attr-defined]
         await ending
 
 
-def _load(service: Service, loaded: Future[FastAPI]) -> None:
+def _no_page(_: Request) -> Response:
+    return HTMLResponse(PLAIN + "The page can't be opened; the server's log says why. Programs can draw.", 503)
+
+
+def _load(service: Service, loaded: Future[FastAPI | None]) -> None:
+    application = None
     try:
         from limner.serving import page
 
         application = page.application(service, PATH)
     except Exception:  # programs can do without
         log.exception("the page can't be opened")
-        return
     with suppress(RuntimeError):  # the server has ended meanwhile
         loaded.get_loop().call_soon_threadsafe(loaded.set_result, application)

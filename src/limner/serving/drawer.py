@@ -29,6 +29,11 @@ Unit = Sequence[tuple[Held, int, Job]]
 """Pictures that are drawn together, each with its job here and its number there."""
 
 
+def steps_of(job: Job) -> int:
+    """Steps that a picture counts; one where only its pipeline knows how many it takes, and tells when it is done."""
+    return job.steps_taken or 1
+
+
 class Halt(Exception):
     """Ends a drawing at its next step."""
 
@@ -58,22 +63,22 @@ class Drawer:
         """The pictures; where they fail together, each is tried and kept alone. Raises Halt."""
         shares = Counter(held.row.id for held, _, _ in unit)
         jobs = jobs_of(unit)
-        advanced = Counter[str]()
-        left = sum(job.steps_taken for _, _, job in unit)
+        todo, done = sum(steps_of(job) for _, _, job in unit), 0
 
-        def advance(held: Held, amount: int) -> None:
+        def advance(amount: int) -> None:
+            nonlocal done
             with self._lock:  # as other pictures of the same job may be drawn beside
-                held.step += amount
-                advanced[held.row.id] += amount
+                for held in jobs:
+                    share = shares[held.row.id]
+                    held.step += (done + amount) * share // len(unit) - done * share // len(unit)
+            done += amount
 
         def on_step(amount: int) -> None:
-            nonlocal left
-            left -= amount
-            if left <= amount:  # what chooses the next takes as long as a step of a small model
-                lane.end_soon()
             self._metrics.steps.inc(amount)
+            advance(amount if unit[0][2].steps_taken else 1)
+            if todo - done <= amount:  # what chooses the next takes as long as a step of a small model
+                lane.end_soon()
             for held in jobs:
-                advance(held, amount * shares[held.row.id] // len(unit))
                 self._changes.tell(held.row.id, step=True)
             if self._halting.is_set() or not any(held.wanted for held in jobs):
                 raise Halt
@@ -97,8 +102,7 @@ class Drawer:
             raise
         except Exception as error:
             if len(unit) > 1:
-                for held in jobs:
-                    advance(held, -advanced[held.row.id])
+                advance(-done)
                 for alone in unit:
                     if alone[0].wanted:
                         self.draw(model, [alone], Lane(threading.Condition()))  # its own: this one stays taken

@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from limner.errors import UserError
 from limner.serving import easel
 from limner.serving.access import Client, client_of
+from limner.serving.answers import no_disk
 from limner.serving.controls import Controls, Update
 from limner.serving.easel import Easel
 from limner.serving.schemas import JobView
@@ -140,7 +141,7 @@ class Page:
         controls.cancel.click(self._cancel, self.job, None, **quiet)
         controls.model.input(controls.of_model, controls.model, controls.by_model, **quiet)
         self.gallery.select(self._pick, self.pictures, [self.picked, self.facts, self.details], **quiet)
-        self.again.click(controls.of_picture, self.picked, list(settings), **quiet).then(
+        self.again.click(self._use, self.picked, [*settings, self.easel], **quiet).then(
             None, js="() => document.querySelector('#prompt textarea').focus()"
         )
         self.older.click(lambda shown: shown + EARLIER, self.jobs_shown, self.jobs_shown, **quiet).then(
@@ -154,7 +155,7 @@ class Page:
         try:
             asked = await run_in_threadpool(self.controls.asked, values)
             job = await run_in_threadpool(self.service.submit, asked, _client(request).owner)
-        except (ValidationError, UserError, QueueFull, Draining, SQLAlchemyError) as error:
+        except (ValidationError, UserError, QueueFull, Draining, SQLAlchemyError, OSError) as error:
             self._followed.pop(request.session_hash, None)
             yield {self.easel: easel.refused(_sentence(error))}
             return
@@ -224,6 +225,13 @@ class Page:
         settings = pictures[which.index]
         return {self.picked: settings, self.facts: easel.facts(settings), self.details: gr.update(visible=True)}
 
+    def _use(self, settings: dict[str, Any]) -> Update:
+        """Put the settings of a picture where they can be changed; say why where what it began with is gone."""
+        try:
+            return self.controls.of_picture(settings)
+        except (UserError, OSError) as error:
+            return {self.easel: easel.refused(_sentence(error))}
+
 
 def _client(request: gr.Request) -> Client:
     assert request.request is not None
@@ -247,4 +255,6 @@ def _sentence(error: Exception) -> str:
         return f"{str(first['loc'][0]).capitalize()}: {first['msg']}."
     if isinstance(error, SQLAlchemyError):
         return "The server's database does not answer; try again."
+    if isinstance(error, OSError):
+        return no_disk(error)
     return str(error) or "The server is about to end; try again in a moment."

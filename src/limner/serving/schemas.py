@@ -31,7 +31,8 @@ Loras = Annotated[tuple[Annotated[str, Field(max_length=300)], ...], Field(max_l
 
 
 class JobRequest(BaseModel):
-    """What to draw: the settings of `limner generate`. What is left out is the model's own."""
+    """What to draw: the settings of `limner generate`, but for reuse and embeddings. What is left out is the model's
+    own."""
 
     model_config = requesting() | ConfigDict(extra="forbid")
 
@@ -117,7 +118,7 @@ class JobView(BaseModel):
     step: int
     """Denoising steps done, of all its pictures together."""
     steps: int
-    """Those to do."""
+    """Those to do; one a picture where only the model's pipeline knows how many it takes."""
     settings: dict[str, Any]
     """What was asked for, as POST /v1/jobs takes it again; the model and the seed are always named."""
     images: list[ImageView]

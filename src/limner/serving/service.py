@@ -22,6 +22,7 @@ from limner.errors import ConfigError
 from limner.generation import ranking
 from limner.generation.jobs import Spec
 from limner.serving.changes import Changes
+from limner.serving.drawer import steps_of
 from limner.serving.metrics import Metrics
 from limner.serving.schemas import ImageView, JobRequest, JobView, own
 from limner.serving.shelf import Shelf, read_loras, read_models, read_reports
@@ -133,7 +134,7 @@ class Service:
             shape=hashlib.sha256(shape_of(model, loras, draws[0]).encode()).hexdigest(),
             settings=request.model_dump(),
             pictures=len(draws),
-            steps=sum(draw.steps_taken for draw in draws),
+            steps=sum(map(steps_of, draws)),
             created=time.time(),
         )
         self.store.add(row, **limits)

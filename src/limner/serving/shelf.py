@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,14 +25,14 @@ BYTES = 4  # of a weight
 MOST_WEIGHT = 10  # of a LoRA, either way
 
 
-def read_models(refs: Sequence[str]) -> dict[str, Spec]:
+def read_models(refs: Sequence[str], find: Callable[[str], Path | None] = loading.resolve) -> dict[str, Spec]:
     """What each model says about itself, by the name that clients call it: `builtin`, a hub id or a folder's name.
 
-    Raises ModelError where one can't be read, ConfigError where two have the same name.
+    `find` tells where each lies. Raises ModelError where one can't be read, ConfigError where two have the same name.
     """
     specs: dict[str, Spec] = {}
     for ref in refs:
-        spec = read_spec(ref)
+        spec = read_spec(ref, find(ref))
         name = ref if ref == "builtin" or loading.is_hub_id(ref) else spec.folder.resolve().name
         if name in specs:
             raise ConfigError(f"Two models are called {name}; rename one of the folders.")

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,21 @@ def new_id() -> str:
 
 def worker_id() -> str:
     """A name for this process that says where it runs."""
-    return f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+    return f"{_place()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+
+
+def _place() -> str:
+    """Where a process is known by its number: this machine since it was started, and a container for itself."""
+    with suppress(OSError):  # where there is no Linux
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
 
 
 def _is_dead(worker: str, me: str) -> bool:
-    """Whether a worker of this machine is no more; what runs elsewhere is only known by its lease."""
-    host, pid, _ = worker.rsplit("/", 2)
-    if host != socket.gethostname() or worker == me:
+    """Whether a worker of this place is no more; what runs elsewhere is only known by its lease."""
+    place, pid, _ = worker.rsplit("/", 2)
+    if place != _place() or worker == me:
         return False
     if int(pid) == os.getpid():  # the process had our number before us
         return True
@@ -316,7 +324,7 @@ class Store:
 
     def put_back_lost(self, me: str) -> int:
         """Put what nobody draws any more back into the queue: jobs whose lease has run out, and those of workers of
-        this machine that are no more; tell how many."""
+        this place that are no more; tell how many."""
         running, now = JOBS.c.state == "running", time.time()
         with self.reading() as connection:
             leases = select(JOBS.c.worker, func.min(JOBS.c.lease)).where(running).group_by(JOBS.c.worker)

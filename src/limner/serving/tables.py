@@ -41,7 +41,7 @@ class JobRow:
     """What was asked for, as `schemas.JobRequest`, with its seed."""
     pictures: int
     steps: int
-    """Of all its pictures together."""
+    """Of all its pictures together; one each where only the model's pipeline knows how many it takes."""
     step: int = 0
     state: str = "queued"
     error: str | None = None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from limner.generation.sources import Source
     from limner.serving.schemas import JobRequest
 
-FRESH = 3600  # seconds that a picture stays without a job, which may be about to be stored
+FRESH = 60  # seconds that a picture stays without a job, which may be about to be stored; as long as an ended job does
 DIGEST = re.compile("[0-9a-f]{64}")
 HEAD = re.compile(r"data:[\w/+.-]+;base64,")
 OTHER_KINDS = re.compile(rb"<script|<html|<\?php|%PDF-", re.IGNORECASE)
@@ -82,9 +82,9 @@ class Uploads:
         """What a request begins with, whose pictures are kept. Raises DataError where one is not there."""
         return {name: self.read(digest, mask=name == "mask")[1] for name, digest in request.pictures.items()}
 
-    def size(self) -> int:
-        """Bytes of all."""
-        return sum(file.stat().st_size for file in self._files())
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its name, which is a digest."""
+        return {file.name: file.stat().st_size for file in self._files()}
 
     def remove_others(self, digests: Container[str]) -> None:
         """Remove what is none of these, and not fresh: of requests that were refused, and of jobs that are gone."""

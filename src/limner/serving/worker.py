@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from limner.errors import UserError
 from limner.generation.jobs import Job, Spec, make_jobs
 from limner.serving.changes import Changes
 from limner.serving.crew import Crew, Lane
-from limner.serving.drawer import Drawer, Unit, jobs_of, sentence
+from limner.serving.drawer import Drawer, Unit, jobs_of, sentence, steps_of
 from limner.serving.keeper import CannotKeep, Held, Keeper
 from limner.serving.metrics import Metrics
 from limner.serving.retention import make_room
@@ -93,10 +93,8 @@ class Worker:
         self._ended = threading.Event()  # nothing is drawn any more
         self._stopped = threading.Event()  # nor heard of other servers
         self._drawer = Drawer(self._keeper, changes, metrics, self._halting)
-        self._threads = [threading.Thread(target=run, daemon=True, name=name) for name, run in self._loops()]
-
-    def _loops(self) -> list[tuple[str, Callable[[], None]]]:
-        return [("take", self._draw_all), ("pulse", self._pulse), ("tidy", self._tidy)]
+        loops = ("take", self._draw_all), ("pulse", self._pulse), ("tidy", self._tidy)
+        self._threads = [threading.Thread(target=run, daemon=True, name=name) for name, run in loops]
 
     def start(self) -> None:
         """Begin to draw."""
@@ -282,7 +280,7 @@ class Worker:
             for held in jobs:  # of a LoRA that is not for the model, who chose it is to blame
                 self._keeper.fail(held, sentence(error), fault=not (texts and isinstance(error, UserError)))
             return
-        images = self._store.images([held.row.id for held in jobs if held.row.step])  # by a server that died
+        images = self._store.images([held.row.id for held in jobs if held.row.pictures > 1])  # by a server that died
         todo = [(held, number, job) for held in jobs for number, job in self._missing(model.spec, held, images)]
         if not todo:
             return
@@ -314,7 +312,7 @@ class Worker:
             self._keeper.fail(held, sentence(error), fault=True)
             return []
         self._keeper.clear(held.row.id, [image.file for image in own])
-        held.step = sum(draws[number].steps_taken for number in there)
+        held.step = sum(steps_of(draws[number]) for number in there)
         return [(number, job) for number, job in enumerate(draws) if number not in there]
 
     def _draw(self, model: Model, unit: Unit, lane: Lane) -> None:

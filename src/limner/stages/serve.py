@@ -13,6 +13,7 @@ from typing import Any
 from limner.config import ServeConfig
 from limner.errors import ConfigError, RunError
 from limner.generation.jobs import count_parameters
+from limner.models import loading
 
 log = logging.getLogger("limner.serve")
 
@@ -68,15 +69,20 @@ def run(config: ServeConfig) -> None:
 
 
 def plan(config: ServeConfig) -> dict[str, Any]:
-    """What `run` would offer, and where; nothing is written."""
-    from limner.serving.shelf import read_models
+    """What `run` would offer, and where; nothing is fetched or written. Raises as `run` of what is given."""
+    from limner.serving.shelf import read_loras, read_models, read_reports
 
-    specs = read_models(config.models)
+    away = [ref for ref in config.models if loading.resolve_here(ref) is None]
+    specs = read_models([ref for ref in config.models if ref not in away], loading.resolve_here)
+    read_reports(specs, {name: page for name, page in config.reports.items() if name not in away})
+    loras = read_loras(config.loras)
     return {
         **{
             f"model {name}": f"{spec.pipeline}, {sum(count_parameters(spec).values()) / 1e6:.1f} M parameters"
             for name, spec in specs.items()
         },
+        **{f"model {ref}": "to be fetched; its size is not known yet" for ref in away},
+        **({"LoRAs": ", ".join(f"{name} at {lora.weight:g}" for name, lora in loras.items())} if loras else {}),
         "address": f"http://{config.host}:{config.port}",
         "data": config.out,
         "queue": "PostgreSQL" if config.database else "SQLite",

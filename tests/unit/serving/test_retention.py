@@ -15,7 +15,7 @@ pytest.importorskip("sqlalchemy")
 from sqlalchemy import insert
 
 from limner.serving.keeper import folder_of
-from limner.serving.retention import ROW, make_room, taken
+from limner.serving.retention import RECENT, ROW, make_room, taken
 from limner.serving.store import Store, new_id
 from limner.serving.tables import IMAGES, ImageRow, JobRow
 from limner.serving.uploads import FRESH, Uploads
@@ -78,6 +78,19 @@ def test_what_is_drawn_and_what_has_just_ended_stays(store: Store, tmp_path: Pat
     rows = [ended(store, tmp_path, ago=ago, state=state) for state, ago in states]
     assert make_room(tmp_path, store, uploads, 0) == 3
     assert there(store, tmp_path, rows) == [True, False, False, False, True]
+
+
+def test_what_jobs_began_with_goes_with_the_last_of_them(store: Store, tmp_path: Path) -> None:
+    uploads, size = Uploads(tmp_path / "uploads", 1000), 50 * SIZE
+    rows, digests = [], [str(number) * 64 for number in range(3)]
+    for number, digest in enumerate(digests):
+        uploads.keep(bytes(size), digest)
+        os.utime(tmp_path / "uploads" / digest[:2] / digest, (time.time() - RECENT - 1,) * 2)
+        rows += [ended(store, tmp_path, ago=RECENT + 10 - number, image=digest) for _ in range(2)]
+    assert taken(store, uploads) == 3 * size + 6 * (SIZE + ROW)
+    assert make_room(tmp_path, store, uploads, 2.5 * size) == 2
+    assert there(store, tmp_path, rows) == [False] * 2 + [True] * 4
+    assert uploads.sizes() == dict.fromkeys(digests[1:], size)
 
 
 def test_what_no_job_begins_with_goes_once_it_is_not_fresh(store: Store, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -155,6 +156,18 @@ def test_the_dead_of_this_machine_are_known(store: Store) -> None:
     store.take("elsewhere/1/ab", MODELS, pictures=1, lease=LEASE)
     assert store.put_back_lost(me) == 0
     assert store.take("x", MODELS, pictures=1, lease=LEASE) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no containers elsewhere")
+def test_in_another_container_of_the_same_name_our_number_is_another_s(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store, job())
+    with monkeypatch.context() as there:
+        there.setattr(Path, "readlink", lambda _: "pid:[1]")
+        other = worker_id()
+    store.take(other, MODELS, pictures=1, lease=LEASE)
+    assert store.put_back_lost(worker_id()) == 0
 
 
 def test_limits(store: Store) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +22,12 @@ from limner.config import ServeConfig
 from limner.errors import ConfigError
 from limner.generation.model import Model, Picture
 from limner.serving import worker
+from limner.serving.keeper import folder_of
 from limner.serving.schemas import JobRequest, JobView
 from limner.serving.service import Draining, Service
 from limner.serving.store import QueueFull
-from limner.serving.tables import OPEN
-from tiny import tiny_model
+from limner.serving.tables import OPEN, ImageRow
+from tiny import tiny_model, tiny_unet
 
 BATCH = 8
 PROMPTS = ("A dog.", "A cat on a beach.", "Two children play.")
@@ -78,6 +80,21 @@ def noise() -> str:
     out = io.BytesIO()
     Image.effect_noise((16, 16), 80).convert("RGB").save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
+
+
+def steps_told(service: Service, monkeypatch: pytest.MonkeyPatch, *jobs: JobView) -> list[list[int | None]]:
+    """How far each job is after each step that is told, from now on."""
+    draw, told = Model.draw, []
+
+    def watched(self: Model, drawn: Sequence[Any], *, on_step: Callable[[int], None], **more: Any) -> Any:
+        def step(amount: int) -> None:
+            on_step(amount)
+            told.append([service.worker.step_of(job.id) for job in jobs])
+
+        return draw(self, drawn, on_step=step, **more)
+
+    monkeypatch.setattr(Model, "draw", watched)
+    return told
 
 
 def test_jobs_drawn_at_once_are_as_each_alone(service: Service, folders: list[str]) -> None:
@@ -136,6 +153,40 @@ def test_a_batch_that_fails_is_drawn_one_by_one(service: Service, monkeypatch: p
     two, one = ended(service, two, one)
     assert sizes == [3, 1, 1, 1]
     assert [(job.state, job.step, len(job.images)) for job in (two, one)] == [("done", 4, 2), ("done", 2, 1)]
+
+
+def test_of_jobs_drawn_together_each_is_as_far_as_its_share(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The painter draws one after the other, as on a GPU where their prompts are not of one length."""
+    jobs = [service.submit(JobRequest(prompt="A dog.", seed=seed, steps=2)) for seed in (1, 2)]
+    told = steps_told(service, monkeypatch, *jobs)
+    ended(service, *jobs)
+    assert told == [[0, 0], [1, 1], [1, 1], [2, 2]]
+
+
+def test_of_another_pipeline_each_picture_is_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model(tmp_path / "lcm", "lcm", unet=tiny_unet(time_cond_proj_dim=16))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "LatentConsistencyModelPipeline"}))
+    service = Service(ServeConfig(models=(str(folder),), out=tmp_path / "served", device="cpu"))
+    job = service.submit(JobRequest(prompt="A dog.", n=2))
+    told = steps_told(service, monkeypatch, job)
+    (job,) = ended(service, job)
+    assert told == [[1], [2]], "who draws it has its own number of steps"
+    assert (job.state, job.step, job.steps) == ("done", 2, 2)
+
+
+def test_a_picture_that_another_kept_before_its_first_step_was_told_stays(service: Service) -> None:
+    job = service.submit(JobRequest(prompt="A dog.", seed=1, n=2, steps=1))
+    store, file = service.store, folder_of(service.config.out, job.id) / "kept.png"
+    store.take("before", service.specs, pictures=2, lease=60)
+    file.parent.mkdir(parents=True)
+    file.touch()
+    name = file.relative_to(service.config.out).as_posix()
+    assert store.keep("before", ImageRow(id="kept", job=job.id, number=0, file=name, width=16, height=16), step=0)
+    store.give_back("before")
+    (job,) = ended(service, job)
+    assert (job.state, [image.id == "kept" for image in job.images]) == ("done", [True, False])
+    assert file.exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(5, "I/O error")])

@@ -46,12 +46,14 @@ TRAINING: dict[str, Any] = {
     "checkpoint_every": 16,
 }
 CLIP = {"vocabulary": 600, "size": SIDE, "patch": 8, "width": 16, "layers": 1, "heads": 2, "features": 8}
-VAE = {"size": SIDE, "channels": (8, 16), "perceptual_weight": 0}
+VAE = {"channels": (8, 16)}
 UNET = {"channels": (8, 16), "attention": (False, True), "head_width": 8}
+SIZES: dict[type[StageConfig], dict[str, Any]] = {TrainClipConfig: CLIP, TrainVaeConfig: VAE, TrainUnetConfig: UNET}
+"""Of new networks; one that is given has its own."""
 SMALLEST: dict[type[StageConfig], dict[str, Any]] = {
     TrainConfig: TRAINING,
     TrainClipConfig: TRAINING | CLIP,
-    TrainVaeConfig: TRAINING | VAE,
+    TrainVaeConfig: TRAINING | VAE | {"size": SIDE, "perceptual_weight": 0},
     TrainUnetConfig: TRAINING | UNET,
     TrainDistillConfig: TRAINING,
     TrainLoraConfig: TRAINING | {"rank": 4},
@@ -61,8 +63,9 @@ SMALLEST: dict[type[StageConfig], dict[str, Any]] = {
 
 def config(cls: type[C], data: Path, out: Path, **settings: Any) -> C:
     """The smallest configuration of a stage that reads `data` and writes `out`; a setting of None is left out."""
-    given = cls is TrainUnetConfig and settings.get("model")  # whose size is its own
-    values = {"data": data, "out": out, **(TRAINING if given else SMALLEST[cls]), **settings}
+    others = SIZES.get(cls, {}) if settings.get("model") else {}
+    smallest = {name: value for name, value in SMALLEST[cls].items() if name not in others}
+    values = {"data": data, "out": out, **smallest, **settings}
     return resolve(cls, {name: value for name, value in values.items() if value is not None})
 
 

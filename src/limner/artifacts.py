@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from limner.config import StageConfig
 
 PARTIAL = ".partial"  # suffix of what is being written; safe to delete at any time
+OLD = f".old{PARTIAL}"  # of what is being replaced where that takes two renames; safe to delete after `_restore`
+LOCK = ".lock"  # which a process holds while it is at work in a folder
 
 
 def _fsync(path: Path) -> None:
@@ -59,6 +61,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Raises OSError as the writing does (a full disk, a folder without rights).
     """
+    path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # threads may write the same file
     try:
@@ -68,6 +71,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _named(path: Path) -> Path:
+    """The same path with a name, which `.` and `..` lack, so that what is written can lie beside it."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def write_new(paths: Iterable[Path], write: Callable[[Path], None]) -> Path:
@@ -119,16 +127,25 @@ def _exchange(one: Path, other: Path) -> bool:
 def _replace(path: Path, partial: Path) -> None:
     """Put a folder into the place of another, which goes."""
     if not _exchange(partial, path):
-        old = path.with_name(f".{path.name}.old{PARTIAL}")
+        old = path.with_name(f".{path.name}{OLD}")
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         partial.rename(path)
         shutil.rmtree(old)
 
 
+def _restore(folder: Path) -> None:
+    """Put back whatever below a folder `_replace` had moved away when it was killed, and nothing has replaced."""
+    for old in list(folder.rglob(f".*{OLD}")):
+        place = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+        if not place.exists():
+            old.rename(place)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it replaces the folder `path`, on any error it is removed."""
+    path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # others may write the same folder
     partial.mkdir()
@@ -225,7 +242,7 @@ class Run:
                     f"{folder} was started with other settings ({', '.join(sorted(names))}); "
                     "repeat that command to resume it, or choose another --out."
                 )
-        elif folder.is_file() or (folder.is_dir() and any(PARTIAL not in p.name for p in folder.iterdir())):
+        elif folder.is_file() or (folder.is_dir() and not is_empty(folder)):
             raise RunError(f"{folder} exists and is not a run folder; choose another --out.")
         manifest = folder / "manifest.json"
         if manifest.exists() and (roles := _differences(read_json(manifest)["parents"], parents)):
@@ -245,7 +262,8 @@ class Run:
 
         Raises RunError where another process is at work in the folder.
         """
-        with _alone(self.folder):
+        with alone(self.folder):
+            _restore(self.folder)
             for partial in list(self.folder.rglob(f".*{PARTIAL}")):
                 if partial.is_dir():
                     shutil.rmtree(partial)
@@ -296,18 +314,19 @@ class Run:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, which the system lets go of when this process ends, however it ends.
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which is made; the system lets go of it when this process ends, however it ends.
 
     The lock is of POSIX's kind, which forked workers don't inherit and so can't outlive. Raises RunError where another
     process holds it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":  # has none of that kind
         yield
         return
     import fcntl
 
-    with (folder / ".lock").open("a") as file:
+    with (folder / LOCK).open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -317,6 +336,11 @@ def _alone(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, but for a lock and what killed processes were writing."""
+    return all(path.name == LOCK or PARTIAL in path.name for path in folder.iterdir())
 
 
 def is_finished(folder: Path) -> bool:

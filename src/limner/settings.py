@@ -31,6 +31,8 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """How torch's threads wait for each other: they soon sleep in place of spinning, half the time beside other programs;
 but not at once, which costs a training a tenth (docs/experiments.md)."""
 
+VAE_WEIGHTS = {"perceptual_weight": 1.25, "weave_weight": 300}  # of the built-in VAE's losses, in both its trainings
+
 BUILTIN_CLIP = {
     "images": 80_000,
     "batch_size": 256,
@@ -49,8 +51,7 @@ BUILTIN_VAE = {
     "latent_channels": 8,
     "images": 400_000,
     "batch_size": 128,
-    "perceptual_weight": 1.25,
-    "weave_weight": 300,
+    **VAE_WEIGHTS,
     "precision": "bf16",
     "warmup": 8_000,
     "ema_halflife": 8_000,
@@ -74,8 +75,7 @@ BUILTIN_TUNED_VAE = {
     "images": 32_000,
     "batch_size": 16,
     "lr": 6e-4,
-    "perceptual_weight": 1.25,
-    "weave_weight": 300,
+    **VAE_WEIGHTS,
     "warmup": 320,
     "ema_halflife": 1_000,
     "validate_every": 3_008,
@@ -164,7 +164,7 @@ def _sentence(cls: type[CommandConfig], error: ValidationError) -> str:
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"There is no setting {name!r}; --help and config/ list them."
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == 1:  # else it is an entry of a setting that lacks one
         by_position = any(isinstance(mark, Argument) for mark in cls.model_fields[name].metadata)
         return f"{'' if by_position else '--'}{name} is missing; see --help."
     message = first["msg"].removeprefix("Value error, ")

@@ -21,13 +21,13 @@ from threading import Thread
 import pytest
 
 from limner.artifacts import read_json
-from limner.config import PrepareConfig, TrainClipConfig
+from limner.config import PrepareConfig
 from limner.generation import provenance
 from limner.models import loading
 from limner.settings import resolve
 from limner.stages import prepare
 from tiny import CAPTIONS, tiny_clip, tiny_model, tiny_siglip, tiny_siglip_tokenizer, tiny_tokenizer
-from trainings import SMALLEST, shapes
+from trainings import TRAINING, shapes
 
 TOKEN = "hf_secretsecretsecretsecret"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -405,7 +405,7 @@ def test_a_clip_of_the_hub_is_trained_and_read_from_the_cache_ever_after(
     hub: Hub, data: Path, tmp_path: Path, name: str
 ) -> None:
     user = User(tmp_path, hub.url)
-    (tmp_path / "smallest.json").write_text(json.dumps(SMALLEST[TrainClipConfig] | {"images": 8}))
+    (tmp_path / "smallest.json").write_text(json.dumps(TRAINING | {"images": 8}))
     asked = ("--model", f"owner/{name}", "--data", data, "--config", tmp_path / "smallest.json")
     done = user.limner("train", "clip", *asked, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from limner.artifacts import identity, read_json, sha256_folder
 from limner.config import TrainClipConfig
 from limner.data.dataset import Record, read_split
 from limner.data.pictures import load_pixels
-from limner.errors import DataError, ModelError
+from limner.errors import DataError, ModelError, RunError
 from limner.evaluation.alignment import Judged, write_report
 from limner.evaluation.drift import drift
 from limner.evaluation.features import captions_of, picture_features
@@ -136,7 +137,8 @@ def test_every_split_is_judged_before_and_after(plain: Path, base: Path, data: P
             found = {name: figure["value"] for name, figure in row.items() if "_r@" in name}
             assert found == pytest.approx(naive_recalls(clip_of(ref), records))
             ranks = Judged(records).ranks(clip_of(ref))
-            assert {name: (row[name]["low"], row[name]["high"]) for name in found} == intervals(ranks)
+            for name, interval in intervals(ranks).items():
+                assert row[name] == {"value": interval.value, "low": interval.low, "high": interval.high}
             assert row["mean_recall"] == mean_recall(ranks)
             assert row["mean_recall"]["value"] == pytest.approx(sum(found.values()) / 6)
     assert report["splits"]["val"]["base"] != report["splits"]["val"]["tuned"]
@@ -423,3 +425,32 @@ def test_a_folder_without_classes_is_refused_before_the_training(base: Path, dat
     (tmp_path / "labelled").mkdir()
     made = tuned(data, base, tmp_path / "r", labelled=tmp_path / "labelled", images=2_000)
     refused(made, DataError, "has no folders of pictures")
+
+
+def test_a_labelled_picture_that_is_broken_is_refused_before_the_training(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    labelled = put(tmp_path / "labelled", {"dog/1.jpg": jpeg(1), "cat/2.jpg": jpeg(2), "cat/3.jpg": jpeg(3)[:600]})
+    made = tuned(data, base, tmp_path / "r", labelled=labelled, images=2_000)
+    refused(made, DataError, rf"The picture {labelled}/cat/3\.jpg can't be read; mend it, or take it out of {labelled}")
+
+
+def test_a_sweep_of_a_finished_run_is_noted(plain: Path, data: Path, base: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(plain, tmp_path / "r")
+    before = read_json(run / "config.json")
+    train_clip.run(long(data, base, run, sweep_alpha=True, min_cosine=-1, auto=True, lr=None))
+    assert read_json(run / "config.json") == {**before, "sweep_alpha": True, "min_cosine": -1}
+
+
+def test_a_report_is_not_written_while_another_process_is_at_work(plain: Path, data: Path, base: Path) -> None:
+    before = sha256_folder(plain)
+    script = f"from pathlib import Path; from limner.artifacts import alone\nwith alone(Path({str(plain)!r})): "
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{script}print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(RunError, match="Another process is at work"):
+            train_clip.run(long(data, base, plain, sweep_alpha=True, min_cosine=-1))
+        process.kill()
+    assert sha256_folder(plain) == before

@@ -134,10 +134,19 @@ def test_an_autoencoder_tiny_will_do(settings: EncodeConfig, tmp_path: Path) -> 
     assert LatentCache(run, "train").view(0, 0)[4:].max() == vaes.LOGVAR[0]
 
 
-def test_without_val_its_arrays_are_empty(settings: EncodeConfig, no_val: Path) -> None:
-    run = encode.run(changed(settings, data=no_val))
-    assert len(LatentCache(run, "val")) == 0
-    assert "data/val" not in read_json(run / "manifest.json")["parents"]
+def test_captions_that_are_not_read_whole_are_counted(
+    settings: EncodeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, count = tmp_path / "data", 0
+    shutil.copytree(settings.data, other)
+    for split in ENCODED:
+        file = other / split / "metadata.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows[0]["captions"][0] = "A dog runs through the snow. " * 40
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        count += sum(len(row["captions"]) for row in rows)
+    encode.run(changed(settings, data=other))
+    assert f"2 of {count} captions are longer than the 77 tokens that are read of each" in caplog.text
 
 
 # ---- views, buckets and masks
@@ -200,10 +209,11 @@ def test_masks_lie_where_what_they_hide_lies(settings: EncodeConfig, tmp_path: P
     """A picture whose left half is black and see-through: mask and pixels agree in every view."""
     image = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
     image.paste((255, 255, 255, 255), (32, 0, 64, 48))
-    source = put(tmp_path / "source", {f"{n}.png": encoded(image, "PNG") for n in range(2)})
-    put(source, {f"{n}.txt": b"Half a picture." for n in range(2)})
+    names = ("train/0", "train/1", "val/2")
+    source = put(tmp_path / "source", {f"{name}.png": encoded(image, "PNG") for name in names})
+    put(source, {f"{name}.txt": b"Half a picture." for name in names})
     values = {"kind": "imagefolder", "source": source, "out": tmp_path / "data", "workers": 1, "keep_alpha": True}
-    data = prepare.run(resolve(PrepareConfig, {**values, "val_share": 0, "test_share": 0}))
+    data = prepare.run(resolve(PrepareConfig, values))
     tiny_taesd().save_pretrained(tmp_path / "vae")
     own = changed(settings, data=data, views=4, vae=str(tmp_path / "vae"))
     cache = LatentCache(encode.run(own), "train")
@@ -345,11 +355,12 @@ def test_wrong_inputs_are_refused(settings: EncodeConfig, clip: Path, vae: Path,
 
 
 def test_what_does_not_fit_together_is_refused(
-    settings: EncodeConfig, uncaptioned: Path, data: Path, tmp_path: Path
+    settings: EncodeConfig, uncaptioned: Path, no_val: Path, data: Path, tmp_path: Path
 ) -> None:
     odd = changed(settings, size=18, buckets=True, bucket_step=9)
     refused(odd, ConfigError, "bucket_step 9 is not divisible by the VAE's factor 2; choose a multiple")
     refused(changed(settings, data=uncaptioned), DataError, "no caption in its train split")
+    refused(changed(settings, data=no_val), DataError, "no pictures in its val split; prepare it with --val-share")
     with pytest.raises(ConfigError, match="size 100 is not divisible by bucket_step 32"):
         config(EncodeConfig, data, tmp_path / "r", vae="v", clip="c", size=100, buckets=True)
     assert config(EncodeConfig, data, tmp_path / "r", vae="v", clip="c", size=100).size == 100

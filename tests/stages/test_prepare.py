@@ -22,7 +22,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from commands import limner, no_special_rights
-from limner.artifacts import sha256_folder
+from limner.artifacts import alone, sha256_folder
 from limner.config import PrepareConfig
 from limner.data.archives import digests
 from limner.data.dataset import SPLITS, read_split
@@ -33,6 +33,7 @@ from limner.stages import prepare
 from photos import encoded, jpeg, photo, pixels_of, put
 
 COUNT = 24
+FILES = ("dataset.json", "quarantine.jsonl", "report.html")
 SHARES = {"val_share": 0.2, "test_share": 0.2}  # so that each split of so few pictures has some
 
 
@@ -79,7 +80,7 @@ def everything(folder: Path) -> dict[str, str]:
 def test_the_folder_holds_what_was_promised(source: Path, tmp_path: Path) -> None:
     out = prepare.run(config(source, tmp_path / "data", **SHARES))
     facts = facts_of(out)
-    assert {path.name for path in out.iterdir()} == {*SPLITS, "dataset.json", "quarantine.jsonl", "report.html"}
+    assert {path.name for path in out.iterdir()} == {*SPLITS, *FILES, ".lock"}
     assert sum(facts["counts"].values()) == COUNT
     assert facts["captions"] == {split: 2 * count for split, count in facts["counts"].items()}
     assert facts["source"]["sha256"] == digests(source)[0]
@@ -353,6 +354,19 @@ def test_leftovers_of_a_kill_while_a_file_was_written_are_removed(source: Path, 
     put(out, {JOURNAL: b"", ".dataset.json.1.partial": b"half"})  # killed after the last step but one
     prepare.run(config(source, out))
     assert not (out / JOURNAL).exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX locks")
+def test_a_second_process_does_not_work_in_the_same_folder(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    arguments = ["prepare", "imagefolder", "--source", str(source), "--out", str(out)]
+    script = f"import sys; sys.argv[1:] = {arguments!r}; from limner.cli import main; main()"
+    with alone(out):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert f"Another process is at work in {out}; let it end" in done.stderr
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    prepare.run(config(source, out))
 
 
 def test_an_unfinished_run_is_not_continued_with_other_settings(source: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from limner.stages import train_clip
 from limner.stages.train_clip import TrainClip, draw_captions
 from limner.training import processes
 from tiny import tiny_siglip, tiny_siglip_tokenizer
-from trainings import config, weights
+from trainings import CLIP, config, weights
 
 TESTS = Path(__file__).parents[1]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs SIGKILL and forked workers")
@@ -132,7 +132,7 @@ def test_plain_transformers_reads_the_result(clip: Path, data: Path) -> None:
 
 
 def test_a_given_clip_keeps_its_sizes_and_tokenizer(clip: Path, data: Path, tmp_path: Path) -> None:
-    run = train_clip.run(settings(data, tmp_path / "r", model=str(clip), images=8, width=64, vocabulary=4096))
+    run = train_clip.run(settings(data, tmp_path / "r", model=str(clip), images=8))
     before, after = (loading.load_clip(str(folder)) for folder in (clip, run))
     sizes = [{**c.network.config.to_dict(), "_name_or_path": ""} for c in (before, after)]
     assert sizes[0] == sizes[1]
@@ -491,6 +491,24 @@ def test_a_siglip_has_no_map_for_a_unet(siglip: Path, data: Path, tmp_path: Path
     refused(
         settings(data, tmp_path / "r", model=str(siglip), tune="adapter"), ConfigError, "tune=adapter is for a CLIP"
     )
+
+
+def test_what_a_given_clip_keeps_is_not_asked_to_be_otherwise(clip: Path, data: Path, tmp_path: Path) -> None:
+    for name, other in (("size", 32), ("patch", 4), ("width", 8), ("layers", 2), ("heads", 1), ("features", 4)):
+        match = f"^{name} is for a new CLIP, and that of {clip} keeps its own; leave it out"
+        refused(settings(data, tmp_path / "r", model=str(clip), **CLIP | {name: other}), ConfigError, match)
+    task(settings(data, tmp_path / "r", model=str(clip), **CLIP))
+
+
+def test_captions_that_are_not_read_whole_are_counted(
+    siglip: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "A dog runs through the snow. " * 40
+    other = with_captions(data, tmp_path / "data", lambda _, n, captions: [long, *captions[1:]] if n < 3 else captions)
+    task(settings(other, tmp_path / "r", model=str(siglip)))
+    captions = sum(len(record.captions) for record in read_split(data, "train"))
+    assert f"3 of {captions} captions are longer than the 64 tokens that are read of each" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_weights_that_are_missing_or_pickled_are_refused_by_name(clip: Path, data: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from limner.models import vae as vaes
 from limner.models.perceptual import BLOCKS, PerceptualDistance
 from limner.stages import train_vae
 from tiny import tiny_taesd
-from trainings import SIDE, config, script
+from trainings import SIDE, VAE, config, script
 
 
 @torch.no_grad()
@@ -279,6 +279,17 @@ def test_a_size_that_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="multiples of 8, not 12"):
         train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", channels=(8, 12)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_given_vae_keeps_is_not_asked_to_be_otherwise(vae: Path, data: Path, tmp_path: Path) -> None:
+    for name, other in (("channels", (8, 8)), ("layers", 2), ("latent_channels", 8)):
+        with pytest.raises(ConfigError, match=f"^{name} is for a new VAE, and that of {vae} keeps its own; leave it"):
+            train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", model=str(vae), **VAE | {name: other}))
+    tiny_taesd().save_pretrained(tmp_path / "taesd")
+    with pytest.raises(ConfigError, match=r"^channels is for a new VAE"):
+        train_vae.run(config(TrainVaeConfig, data, tmp_path / "r", model=str(tmp_path / "taesd"), **VAE))
+    assert not (tmp_path / "r").exists()
+    train_vae.TrainVae(config(TrainVaeConfig, data, tmp_path / "r", model=str(vae), **VAE))
 
 
 def test_without_val_there_is_nothing_to_judge_by(no_val: Path, tmp_path: Path) -> None:

@@ -165,6 +165,17 @@ def test_a_file_in_the_place_of_a_folder_stays(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"model": "a file"}
 
 
+@pytest.mark.parametrize("name", [".", ".."])
+def test_the_folder_that_one_is_in_or_the_one_above_will_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with atomic_folder(Path(name)) as partial:
+        put(partial, {"file": "new"})
+    assert tree(tmp_path) == {"a/b/file" if name == "." else "a/file": "new"}
+
+
 # ---- killed while writing
 
 WRITER = """
@@ -337,7 +348,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("left", [{}, {".config.json.123.partial": "{"}], ids=["empty", "what a kill left"])
+@pytest.mark.parametrize("left", [{}, {".config.json.1.partial": "{", ".lock": ""}], ids=["empty", "what a kill left"])
 def test_an_empty_folder_will_do(tmp_path: Path, left: dict[str, str]) -> None:
     put(tmp_path, left)
     Run.open(tmp_path, vae(), PARENTS)
@@ -357,6 +368,15 @@ def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path: Path)
     with run.work(vae()):
         assert {n: t for n, t in tree(tmp_path).items() if n != ".lock"} == before
         assert not (tmp_path / ".model.2.partial").exists()
+
+
+def test_what_was_moved_away_for_what_never_came_is_put_back(tmp_path: Path) -> None:
+    """Where two folders can't change places in one step, a kill may come between the two."""
+    run = Run.open(tmp_path, vae(), PARENTS)
+    put(tmp_path, {".model.old.partial/vae/x": "old", "cache/b": "new", "cache/.b.old.partial/x": "old"})
+    with run.work(vae()):
+        assert tree(tmp_path).items() >= {"model/vae/x": "old", "cache/b": "new"}.items()
+        assert not list(tmp_path.rglob("*.partial"))
 
 
 WORKER = """

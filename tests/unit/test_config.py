@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL.Image import MAX_IMAGE_PIXELS
 
 from limner import cli, settings
 from limner import config as configs
@@ -161,12 +162,16 @@ def test_missing_setting_is_named_as_it_is_given() -> None:
         (PrepareConfig, {"kind": "coco"}, "kind"),
         (PrepareConfig, {"val_share": 0.5, "test_share": 0.5}, "test_share"),
         (PrepareConfig, {"min_side": 0}, "min_side"),
+        (PrepareConfig, {"max_pixels": 2 * MAX_IMAGE_PIXELS + 1}, "max_pixels"),  # above which Pillow refuses
         (VaeConfig, {"lr": float("inf")}, "lr"),
         (VaeConfig, {"precision": "fp64"}, "precision"),
         (VaeConfig, {"channels": [16, 0]}, "channels"),
+        (VaeConfig, {"channels": []}, "channels"),
         (ClipConfig, {"size": 100, "patch": 16}, "patch"),
         (ClipConfig, {"width": 10, "heads": 4}, "heads"),
         (UnetConfig, {"channels": [96]}, "channels"),
+        (UnetConfig, {"channels": [], "attention": []}, "channels"),
+        (configs.TrainDistillConfig, {"guidance": [4]}, "guidance.1"),
         (UnetConfig, {"channels": [96, 192, 257]}, "head_width"),
         (UnetConfig, {"caption_dropout": 1.5}, "caption_dropout"),
         (UnetConfig, {"best_by": "cmmd"}, "a judge"),
@@ -176,6 +181,10 @@ def test_missing_setting_is_named_as_it_is_given() -> None:
 )
 def test_value_out_of_range_is_named(cls: type[StageConfig], flags: dict[str, Any], named: str) -> None:
     assert named in fails(cls, flags)
+
+
+def test_pictures_may_have_as_many_pixels_as_pillow_opens() -> None:
+    assert resolve(PrepareConfig, {**NEEDED[PrepareConfig], "max_pixels": 2 * MAX_IMAGE_PIXELS})
 
 
 @pytest.mark.parametrize(

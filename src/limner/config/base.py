@@ -42,7 +42,7 @@ class StageConfig(CommandConfig):
     """What all stages share."""
 
     changeable: ClassVar[frozenset[str]] = frozenset()
-    """Settings that may differ when a run is resumed, since they do not change its result."""
+    """Settings that may differ when a run is resumed: they change its length, roundings, or nothing of it."""
 
     out: Annotated[Path, FLAG]
     """Folder to write; running the same command again resumes there."""

@@ -12,6 +12,7 @@ from limner.config.base import FLAG, Argument, Flag, StageConfig
 Format = Literal["png", "jpeg", "webp"]
 Precision = Literal["auto", "fp32", "bf16"]
 Engine = Literal["torch", "openvino"]
+PILLOW_PIXELS = 178_956_970  # of the largest picture that Pillow opens
 MOST_PICTURES = 100_000  # of one command, whose jobs are all in memory
 
 
@@ -39,8 +40,9 @@ class PrepareConfig(StageConfig):
     """Seed of the split where the source has no split lists."""
     min_side: PositiveInt = 16
     """Pictures with a side below this many pixels are quarantined."""
-    max_pixels: PositiveInt = 100_000_000
-    """Pictures whose header announces more pixels than this are quarantined undecoded."""
+    max_pixels: int = Field(default=100_000_000, gt=0, le=PILLOW_PIXELS)
+    """Pictures whose header announces more pixels than this are quarantined undecoded; Pillow's own limit is the most
+    that it may be."""
     workers: Annotated[PositiveInt | None, FLAG] = None
     """Processes that decode; the number of cores when left out."""
 

@@ -25,7 +25,7 @@ class TrainConfig(StageConfig):
     )
 
     data: Annotated[Path, FLAG]
-    """What to train on: a dataset folder, or for `train unet` the run folder of `limner encode`."""
+    """The dataset folder."""
     model: Annotated[str | None, FLAG] = None
     """Start from this model (`builtin`, a folder or a hub id) instead of a new one of the size set here."""
     images: Annotated[PositiveInt, FLAG] = 100_000
@@ -91,7 +91,10 @@ class TrainConfig(StageConfig):
     @model_validator(mode="after")
     def _one_average(self) -> Self:
         if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema_halflife):
-            raise ValueError("optimizer=schedule-free takes the place of schedule and ema_halflife; leave both out")
+            raise ValueError(
+                "optimizer=schedule-free takes the place of schedule and ema_halflife; set schedule=constant and "
+                "ema_halflife=0"
+            )
         return self
 
     @property
@@ -112,7 +115,7 @@ class TrainVaeConfig(TrainConfig):
     """Side of the training pictures in pixels."""
     tune: Annotated[Literal["full", "decoder"], FLAG] = "full"
     """What is trained: all, or what makes pixels of latents alone, so that a U-Net still fits."""
-    channels: tuple[PositiveInt, ...] = (16, 32, 64, 96)
+    channels: tuple[PositiveInt, ...] = Field(default=(16, 32, 64, 96), min_length=1)
     """Channels at each resolution of a new VAE; each but the last halves the side."""
     layers: PositiveInt = 1
     """Residual blocks at each resolution of a new VAE."""
@@ -255,6 +258,8 @@ class TrainClipConfig(TrainConfig):
 class TrainUnetConfig(TrainConfig):
     """Train the U-Net that turns noise into latents under the token states of a caption."""
 
+    data: Annotated[Path, FLAG]
+    """The run folder of `limner encode`."""
     lr: Annotated[PositiveFloat, FLAG] = 5e-4
     """Peak learning rate of AdamW: it rises over `warmup` and then follows `schedule`."""
     batch_size: Annotated[PositiveInt, FLAG] = 64
@@ -281,7 +286,7 @@ class TrainUnetConfig(TrainConfig):
     """Share of the activations that is left out at random in each residual and attention block, against overfitting."""
     ema_halflife: float = Field(default=10_000, ge=0)
     """Half-life, in images, of the weight average that is saved as the result; 0 saves the last weights."""
-    channels: tuple[PositiveInt, ...] = (96, 192, 256)
+    channels: tuple[PositiveInt, ...] = Field(default=(96, 192, 256), min_length=1)
     """Channels at each resolution of a new U-Net."""
     layers: PositiveInt = 1
     """Residual blocks at each resolution of a new U-Net."""
@@ -325,25 +330,17 @@ class TrainUnetConfig(TrainConfig):
             raise ValueError("min_snr gives no weight to the last step, which zero_terminal_snr is for; leave out one")
         return self
 
-    @model_validator(mode="after")
-    def _alignable(self) -> Self:
-        if self.align_weight and (self.tune != "full" or isinstance(self, TrainLoraConfig)):
-            raise ValueError("align_weight is for training all of a U-Net; leave it out")
-        return self
-
     @property
     def counted(self) -> str:
         """The figure of a validation that tells the best: the least of it."""
         return self.best_by
 
     @model_validator(mode="after")
-    def _judged(self) -> Self:
+    def _possible(self) -> Self:
+        if self.align_weight and (self.tune != "full" or isinstance(self, TrainLoraConfig)):
+            raise ValueError("align_weight is for training all of a U-Net; leave it out")
         if self.best_by == "cmmd" and self.judge is None:
             raise ValueError("best_by=cmmd is what a judge says; name one with judge, or go by the loss")
-        return self
-
-    @model_validator(mode="after")
-    def _tunable(self) -> Self:
         if self.model is None and self.tune != "full":
             raise ValueError("a new U-Net has nothing worth keeping yet; use tune=full, or name a model")
         return self
@@ -378,6 +375,8 @@ class TrainLoraConfig(TrainUnetConfig):
 class TrainDistillConfig(TrainConfig):
     """Train a student of a U-Net that draws in few steps, each of one pass, with guidance folded in."""
 
+    data: Annotated[Path, FLAG]
+    """The run folder of `limner encode`."""
     model: Annotated[str, FLAG]
     """The teacher: a `train unet` run, a model folder, a hub id or `builtin`. The student begins as its copy."""
     batch_size: Annotated[PositiveInt, FLAG] = 32

@@ -58,6 +58,14 @@ def read_training_split(folder: Path, *, captioned: bool) -> list[Record]:
     return records
 
 
+def read_validation_split(folder: Path) -> list[Record]:
+    """The val split, refused when it is empty."""
+    records = read_split(folder, "val")
+    if not records:
+        raise DataError(f"{folder} has no pictures in its val split; prepare it with --val-share above 0.")
+    return records
+
+
 def split_identity(folder: Path, split: Split) -> str:
     """One SHA-256 for a split: of `dataset.json`, which has its source's hash and settings, and its metadata."""
     digest = hashlib.sha256()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from limner.artifacts import LOCK
 from limner.data.archives import Entry, base, escapes, list_folder, list_source, list_tar, read
 from limner.data.findings import (
     BAD_LINE,
@@ -26,7 +27,7 @@ from limner.data.findings import (
 from limner.data.sources import SPLIT_NAMES, Picture, Source, decode_lines, is_picture_name, read_csv, read_text
 from limner.errors import DataError
 
-OUR_FILES = {"dataset.json", "report.html", "quarantine.jsonl"}  # a prepared dataset is a source, too
+OUR_FILES = {"dataset.json", "report.html", "quarantine.jsonl", LOCK}  # a prepared dataset is a source, too
 
 
 def read_imagefolder(path: Path) -> Source:

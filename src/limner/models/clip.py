@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch.nn.functional import normalize
 from limner.config import TrainClipConfig
 from limner.errors import ConfigError
 from limner.models import pooling
+
+log = logging.getLogger(__name__)
 
 LENGTH = 77  # tokens that CLIP's text tower reads, as everything that uses one expects
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -63,7 +66,7 @@ class Clip:
 
     def reads_whole(self, caption: str) -> bool:
         """Whether `tokenize` cuts nothing off."""
-        return len(self.tokenizer(caption, verbose=False)["input_ids"]) <= self.length
+        return not longer(self.tokenizer, [caption], self.length)
 
     def trimmed(self, ids: Tensor) -> Tensor:
         """Ids (N, L) without the padding that all share, where it changes no feature -> (N, the longest text's)."""
@@ -129,6 +132,20 @@ class Clip:
         (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
 
 
+def longer(tokenizer: Any, captions: Sequence[str], length: int) -> int:
+    """How many captions have more tokens than `length`, with begin and end."""
+    return sum(len(ids) > length for ids in tokenizer(list(captions), verbose=False)["input_ids"])
+
+
+def warn_of_cut(tokenizer: Any, captions: Sequence[str], length: int) -> None:
+    """Say so where captions are longer than the `length` tokens that are read of each."""
+    if count := longer(tokenizer, captions, length):
+        log.warning(
+            "%d of %d captions are longer than the %d tokens that are read of each; their ends are left out.",
+            *(count, len(captions), length),
+        )
+
+
 def token_states(text_model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """What a U-Net may read of token ids (N, L): the last layer, final norm included, and the layer before it.
 
@@ -184,6 +201,23 @@ def new(config: TrainClipConfig, captions: Iterable[str]) -> Clip:
         text_config=tower | text_settings(tokenizer), vision_config=vision, projection_dim=config.features
     )
     return Clip(CLIPModel(settings), tokenizer, HALF)
+
+
+def settings_of(clip: Clip) -> dict[str, Any]:
+    """What of the settings `new` would be given for towers of these sizes; one that they don't share is None.
+
+    Without `vocabulary`, as a tokenizer has fewer entries where there are few captions.
+    """
+    settings = clip.network.config
+    text, vision = settings.text_config, settings.vision_config
+    shared = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    both = {name: (getattr(text, key), getattr(vision, key)) for name, key in shared.items()}
+    return {
+        "size": clip.size,
+        "patch": vision.patch_size,
+        **{name: one if one == other else None for name, (one, other) in both.items()},
+        "features": getattr(settings, "projection_dim", None),
+    }
 
 
 def text_settings(tokenizer: Any) -> dict[str, int]:

@@ -38,6 +38,17 @@ def new(channels: Sequence[int], layers: int, latent_channels: int) -> Any:
     )
 
 
+def settings_of(vae_config: Any) -> dict[str, Any]:
+    """What `new` would be given for a VAE of these sizes; one that it has none of is None, as of an AutoencoderTiny."""
+    if not has_variance(vae_config):
+        return dict.fromkeys(("channels", "layers", "latent_channels"))
+    return {
+        "channels": tuple(vae_config["block_out_channels"]),
+        "layers": vae_config["layers_per_block"],
+        "latent_channels": vae_config["latent_channels"],
+    }
+
+
 def factor(vae_config: Any) -> int:
     """Pixels a latent, along a side."""
     name = "block_out_channels" if "block_out_channels" in vae_config else "decoder_block_out_channels"

@@ -18,7 +18,7 @@ from torch import Tensor
 from limner.artifacts import Run, write_json
 from limner.config import EncodeConfig
 from limner.data.buckets import bucket_sizes, nearest
-from limner.data.dataset import Record, Split, read_split, read_training_split
+from limner.data.dataset import Record, Split, read_training_split, read_validation_split
 from limner.data.latents import Kind, array_path, dataset_parents, encoder_parents, write_array, write_captions
 from limner.data.pictures import (
     Box,
@@ -38,7 +38,7 @@ from limner.generation.prompts import length_of
 from limner.models import adapter as adapters
 from limner.models import loading
 from limner.models import vae as vaes
-from limner.models.clip import Clip
+from limner.models.clip import Clip, warn_of_cut
 from limner.models.gate import TextFacts
 from limner.progress import progress
 from limner.threads import pool_of
@@ -88,6 +88,8 @@ def run(config: EncodeConfig) -> Path:
         print(f"Nothing to do: {run.folder} is finished, with these encoders and settings.")
         return run.folder
     with run.work(config):
+        captions = [caption for records in splits.values() for record in records for caption in record.captions]
+        warn_of_cut(encoders.tokenizer, captions, length_of(encoders.text_encoder, encoders.tokenizer))
         with enough_memory(f"{config.batch_size} pictures of this size at once", "choose a smaller batch_size"):
             _write_cache(config, encoders, splits, run.folder / "cache")
         text = TextFacts.of(encoders.text_encoder.config.to_dict(), encoders.tokenizer)
@@ -148,7 +150,7 @@ def _splits(config: EncodeConfig) -> dict[Split, list[Record]]:
     train = read_training_split(config.data, captioned=False)
     if not any(record.captions for record in train):
         raise DataError(f"{config.data} has no caption in its train split; prepare a source that has some.")
-    return {"train": train, "val": read_split(config.data, "val")}
+    return {"train": train, "val": read_validation_split(config.data)}
 
 
 def _buckets(config: EncodeConfig, split: Split, records: Sequence[Record]) -> list[Bucket]:

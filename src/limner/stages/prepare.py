@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from limner.artifacts import PARTIAL, read_json, write_json, write_text
+from limner.artifacts import LOCK, PARTIAL, alone, is_empty, read_json, write_json, write_text
 from limner.config import PrepareConfig
 from limner.data.archives import digests
 from limner.data.checks import Limits
@@ -55,7 +55,7 @@ def run(config: PrepareConfig) -> Path:
     """Make the dataset folder, finish it where a run was stopped, or leave a finished one as it is. -> the folder.
 
     Raises DataError: a source of another kind or without a usable picture, or a folder that holds something else;
-    OSError where the folder can't be written.
+    RunError where another process is at work in it, and OSError where it can't be written.
     """
     _require("imagehash", "jinja2")
     with _readable(config.source):
@@ -66,8 +66,9 @@ def run(config: PrepareConfig) -> Path:
         print(f"Nothing to do: {config.out} is finished, with this source and these settings.")
         return config.out
     jobs = plan_jobs(survey.pictures, survey.splits)
-    outcomes = _decode(config, jobs, identity)
-    facts = _finish(config, survey, [outcomes[job.name] for job in jobs], identity, files)
+    with alone(config.out):
+        outcomes = _decode(config, jobs, identity)
+        facts = _finish(config, survey, [outcomes[job.name] for job in jobs], identity, files)
     _summarise(config.out, facts)
     return config.out
 
@@ -167,7 +168,7 @@ def _refuse_wrong_out(config: PrepareConfig) -> None:
     if config.source.is_dir() and out.resolve().is_relative_to(config.source.resolve()):
         raise DataError(f"--out {out} lies inside the source; choose a folder outside of it.")
     ours = (out / "dataset.json").exists() or (out / JOURNAL).exists()
-    if out.is_dir() and not ours and any(not path.name.endswith(PARTIAL) for path in out.iterdir()):
+    if out.is_dir() and not ours and not is_empty(out):
         raise DataError(f"{out} is not empty and not a dataset that Limner began; choose another --out.")
 
 
@@ -199,6 +200,7 @@ def _finish(
             items.append(Item(outcome, picture.captions))
     if not items:
         (out / JOURNAL).unlink()
+        (out / LOCK).unlink(missing_ok=True)  # there is none on Windows
         _clear_leftovers(out)
         reason = Counter(outcome.reason for outcome in outcomes).most_common(1)[0][0]
         raise DataError(f"None of the {len(outcomes)} pictures in {config.source} can be used (mostly: {reason}).")
@@ -222,7 +224,7 @@ def _finish(
     if hasattr(os, "sync"):
         os.sync()  # the pictures, all at once: thousands of fsync calls would take minutes on a hard disk
     write_json(out / "dataset.json", facts)
-    (out / JOURNAL).unlink()
+    (out / JOURNAL).unlink(missing_ok=True)  # another process may have found all finished and done so
     return facts
 
 

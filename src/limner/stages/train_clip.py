@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from limner.artifacts import Run
 from limner.config import TrainClipConfig
 from limner.data.dataset import Record, read_training_split, split_identity
-from limner.data.pictures import jitter, load_crop, may_flip
+from limner.data.pictures import jitter, load_crop, may_flip, read_picture
 from limner.errors import ConfigError, DataError, ModelError
 from limner.evaluation.alignment import Judged, drawable, skipped, write_report
 from limner.evaluation.retrieval import mean_recall, recall
@@ -22,14 +24,18 @@ from limner.evaluation.zeroshot import read_labelled
 from limner.models import adapter, loading
 from limner.models import clip as clips
 from limner.models.tuning import Tuning
+from limner.settings import resolve
+from limner.threads import pool_of
 from limner.training.contrast import Towers, gathered
 from limner.training.loop import plan_training, run_training
 from limner.training.losses import contrastive, missed, sigmoid
 from limner.training.stream import Example, Stream
+from limner.training.task import refuse_other_settings
 from limner.training.teaching import Lessons
 
 EXTRA = 0.5  # share of the examples that are no pair but a picture and a caption of which the teacher alone speaks
 NO_PAIR = -1  # their owner
+REPORTED = {"labelled", "sweep_alpha", "min_cosine", "unet"}  # settings of the report, also of a finished run
 
 
 def run(config: TrainClipConfig) -> Path:
@@ -39,7 +45,9 @@ def run(config: TrainClipConfig) -> Path:
     """
     folder = run_training(TrainClip, config)
     if PartialState().is_main_process:  # the others have nothing left to wait for
-        write_report(folder, config)
+        asked = config.model_dump(include=REPORTED)
+        with Run(folder).work(resolve(TrainClipConfig, asked, file=folder / "config.json")):
+            write_report(folder, config)
     return folder
 
 
@@ -65,7 +73,7 @@ class TrainClip:
                 f"{config.data}; lower it, so that no batch has a picture twice."
             )
         if config.labelled is not None:
-            read_labelled(config.labelled)  # refused now, not after the training
+            _refuse_unreadable(config.labelled)  # now, not after the training
         self.parents = {"data": split_identity(config.data, "train")}
         if config.model is None:
             self.clip = clips.new(config, (c for r in self.train for c in r.captions))
@@ -77,6 +85,10 @@ class TrainClip:
                     "name the CLIP as it was before."
                 )
             self.parents["model"] = loading.identity(config.model, "clip")
+            refuse_other_settings(config, clips.settings_of(self.clip), "CLIP")
+        if PartialState().is_main_process:
+            captions = [caption for record in self.train for caption in record.captions]
+            clips.warn_of_cut(self.clip.tokenizer, captions, self.clip.length)
         if config.patch_dropout and not self.clip.pools:
             raise ConfigError("patch_dropout is for a CLIP whose pictures are read at a class token; leave it out.")
         if config.unet is not None:
@@ -148,6 +160,20 @@ class TrainClip:
         self.towers.clamp()
         with loading.quiet():
             self.tuning.save(folder)
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Raise DataError where a labelled folder is none, or where a picture in it can't be read."""
+    _, paths, _ = read_labelled(folder)
+
+    def look(path: Path) -> None:
+        try:
+            read_picture(path)
+        except DataError:  # which speaks of a dataset
+            raise DataError(f"The picture {path} can't be read; mend it, or take it out of {folder}.") from None
+
+    for _ in pool_of(os.cpu_count() or 1, 1).map(look, paths):  # Pillow lets go of the interpreter
+        pass
 
 
 def draw_captions(record: Record, rng: np.random.Generator, join: float) -> list[int]:

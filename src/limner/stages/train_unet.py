@@ -29,6 +29,7 @@ from limner.training.copied import Shown
 from limner.training.encoded import Encoded
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example
+from limner.training.task import refuse_other_settings
 
 JUDGED = 256  # val pictures for the validation loss
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which each of them is judged
@@ -67,7 +68,8 @@ class TrainUnet:
             self.scheduler = loading.load_scheduler(config.model)
             self.unet = loading.load_unet(config.model)
             self.parents["model"] = loading.identity(config.model, "unet")
-            self._refuse_other_kind(config.model)
+            own = {"objective": schedulers.objective_of(self.scheduler), **unet.settings_of(self.unet)}
+            refuse_other_settings(config, own, "U-Net")
             if is_folded(self.unet):  # whose guidance scale is an input that distillation alone gives
                 raise ConfigError(f"{config.model} is a student of limner train distill; train its teacher instead.")
             self.encoded.refuse_misfit(self.unet, config.model)
@@ -107,14 +109,6 @@ class TrainUnet:
         if not self.encoded.val.captioned(1):
             raise DataError(f"No val picture of {self.config.data} has a caption to draw for the judge; leave it out.")
         return judge
-
-    def _refuse_other_kind(self, model: str) -> None:
-        """Raise ConfigError where the U-Net is given, and another size or objective is asked for."""
-        own = {"objective": schedulers.objective_of(self.scheduler), **unet.settings_of(self.unet)}
-        for name, value in own.items():
-            asked = getattr(self.config, name)
-            if asked not in (value, type(self.config).model_fields[name].default):
-                raise ConfigError(f"{name} is for a new U-Net, and that of {model} keeps its own; leave it out.")
 
     def _refuse_other_text(self, model: str) -> None:
         """Raise ModelError where a LoRA's model, which goes on reading its own text encoder, reads another one.

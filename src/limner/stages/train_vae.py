@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from limner.config import TrainVaeConfig
-from limner.data.dataset import read_split, read_training_split, split_identity
+from limner.data.dataset import read_training_split, read_validation_split, split_identity
 from limner.data.pictures import load_crop, load_pixels, save_grid
-from limner.errors import ConfigError, DataError
+from limner.errors import ConfigError
 from limner.models import loading
 from limner.models import vae as vaes
 from limner.models.critic import Critic, contest, turned
 from limner.models.perceptual import PerceptualDistance
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example, Stream
+from limner.training.task import refuse_other_settings
 
 MIN_SCALE = 0.5  # smallest share of a picture that a crop takes
 SHRUNK = (1, 2, 4)  # by how much latents are shrunk for `equivariance`
@@ -102,15 +103,14 @@ class TrainVae:
         """Raises DataError, ModelError or ConfigError."""
         self.config = config
         self.train = read_training_split(config.data, captioned=False)
-        self.val = read_split(config.data, "val")[:JUDGED]
-        if not self.val:
-            raise DataError(f"{config.data} has no pictures in its val split; prepare it with --val-share above 0.")
+        self.val = read_validation_split(config.data)[:JUDGED]
         self.parents = {"data": split_identity(config.data, "train")}
         if config.model is None:
             self.vae = vaes.new(config.channels, config.layers, config.latent_channels)
         else:
             self.vae = loading.load_vae(config.model)
             self.parents["model"] = loading.identity(config.model, "vae")
+            refuse_other_settings(config, vaes.settings_of(self.vae.config), "VAE")
         if config.tune == "decoder":
             vaes.freeze_encoder(self.vae)
         self.factor = vaes.factor(self.vae.config)

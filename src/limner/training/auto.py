@@ -38,7 +38,7 @@ def settled(build: Callable[[C], Task], config: C, accelerator: Accelerator) -> 
     """`config` with numbers in place of `auto`: those of the run folder if it has been begun, or else found here.
 
     What was set by name stays. The search trains networks of its own, so that a run is the same, bit for bit, as one
-    that was given these numbers. Raises ConfigError, and what `build` raises.
+    that was given these numbers. Raises ConfigError, RunError where memory does not suffice, and what `build` raises.
     """
     if not config.auto:
         return config
@@ -56,10 +56,12 @@ def settled(build: Callable[[C], Task], config: C, accelerator: Accelerator) -> 
     found: dict[str, float] = {}
     if "batch_size" in wanted:
         smallest = _with(config, {"batch_size": SMALLEST})
-        found["batch_size"] = find_batch_size(build(smallest), smallest, accelerator)
+        with memory.shortage(smallest, accelerator):
+            found["batch_size"] = find_batch_size(build(smallest), smallest, accelerator)
     if "lr" in wanted:
         fitting = _with(config, found)
-        found["lr"] = find_rate(build(fitting), fitting, accelerator)
+        with memory.shortage(fitting, accelerator):
+            found["lr"] = find_rate(build(fitting), fitting, accelerator)
     print("auto found " + " and ".join(f"{name} {value:g}" for name, value in found.items()))
     return _with(config, found)
 
@@ -110,23 +112,28 @@ def timed(task: Task, config: TrainConfig, accelerator: Accelerator, *, room: in
 def doubled(pace: Callable[[int], float], most: int) -> int:
     """Double a batch size while `pace`, images a second by batch size, rises by more than 5 %, and up to `most`.
 
-    `pace` raises torch.OutOfMemoryError where memory does not suffice. Raises ConfigError where that is so from the
-    first.
+    `pace` raises what `memory.is_short` knows where memory does not suffice. Raises ConfigError where that is so from
+    the first.
     """
     size = min(SMALLEST, most)
-    try:
-        best = pace(size)
-    except torch.OutOfMemoryError:
-        raise ConfigError(f"Memory does not suffice for {size} images a step; give a smaller batch_size.") from None
+    if (best := _fitting(pace, size)) is None:
+        raise ConfigError(f"Memory does not suffice for {size} images a step; give a smaller batch_size.")
     while 2 * size <= most:
-        try:
-            now = pace(2 * size)
-        except torch.OutOfMemoryError:
-            break
-        if now <= GAIN * best:
+        now = _fitting(pace, 2 * size)
+        if now is None or now <= GAIN * best:
             break
         size, best = 2 * size, now
     return size
+
+
+def _fitting(pace: Callable[[int], float], size: int) -> float | None:
+    """What `pace` says of a size; None where memory does not suffice for it."""
+    try:
+        return pace(size)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_short(error):
+            raise
+        return None
 
 
 def find_rate(task: Task, config: TrainConfig, accelerator: Accelerator) -> float:

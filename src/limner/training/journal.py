@@ -35,9 +35,8 @@ class Journal:
         self.file = folder / "events.jsonl"
         self.accelerator = accelerator
         # TensorBoard takes the project for a folder's name, so that it is given one of its own
-        accelerator.log_with = [
-            TensorBoardTracker("tensorboard", folder) if name == "tensorboard" else name for name in config.trackers
-        ]
+        board = TensorBoardTracker("tensorboard", folder, purge_step=seen + 1)
+        accelerator.log_with = [board if name == "tensorboard" else name for name in config.trackers]
         accelerator.init_trackers(PROJECT, init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}})
         settings = json.loads(config.model_dump_json())
         plain = {name: v if isinstance(v, str | int | float) else str(v) for name, v in settings.items()}

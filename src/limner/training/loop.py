@@ -40,7 +40,7 @@ C = TypeVar("C", bound=TrainConfig)
 def run_training(make: Callable[[C], Task], config: C) -> Path:
     """Train what `make` builds, going on where a run was stopped; a finished run is left as it is. -> the run folder.
 
-    Raises what `make` raises and ConfigError before anything is written, and RunError. All of several processes, as
+    Raises what `make` raises and ConfigError before the run folder is made, and RunError. All of several processes, as
     `accelerate launch` starts them, call it; only the main one writes and prints.
     """
     started = time.time()
@@ -62,11 +62,12 @@ def run_training(make: Callable[[C], Task], config: C) -> Path:
 def plan_training(make: Callable[[C], Task], config: C) -> dict[str, Any]:
     """What `run_training` would do: sizes, and the time as a few steps on this machine took. Nothing is written."""
     task, config, accelerator = _begin(make, config)
-    place(task.network, accelerator)
-    need = Need.of(task, config, accelerator)
-    need.warn(config, accelerator)
-    there = memory.free(accelerator)
-    optimizer = optimizers.new(task.network, config, task.rates)
+    with memory.shortage(config, accelerator):
+        place(task.network, accelerator)
+        need = Need.of(task, config, accelerator)
+        need.warn(config, accelerator)
+        there = memory.free(accelerator)
+        optimizer = optimizers.new(task.network, config, task.rates)
     lanes = Lanes.of(_compiled(task.network, config), config, accelerator)
     batches = task.stream.batches(0, (TIMED_STEPS + 1) * config.batch_size, config.batch_size)
     started = time.perf_counter()
@@ -100,7 +101,8 @@ def _begin(make: Callable[[C], Task], config: C) -> tuple[Task, C, Accelerator]:
     build = partial(_build, make)
     config = auto.settled(build, config, accelerator)
     processes.refuse_uneven(config.batch_size, accelerator)
-    return build(config), config, accelerator
+    with memory.shortage(config, accelerator):
+        return build(config), config, accelerator
 
 
 def _build(make: Callable[[C], Task], config: C) -> Task:

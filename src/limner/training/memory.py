@@ -113,13 +113,18 @@ def shortage(config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
     """Raise RunError with what would help where memory does not suffice."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # on a CPU PyTorch has no class of its own for it
-        if not (isinstance(error, torch.OutOfMemoryError) or loading.is_out_of_memory(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not is_short(error):
             raise
         images = held(config, accelerator)
         raise RunError(
             f"Memory does not suffice for {images} images at once; {remedies(config, accelerator)}."
         ) from None
+
+
+def is_short(error: Exception) -> bool:
+    """Whether an error says that memory does not suffice; on a CPU PyTorch has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or loading.is_out_of_memory(error)
 
 
 def free(accelerator: Accelerator) -> int:

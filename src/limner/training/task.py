@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +55,16 @@ class Task(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the network as part of a Diffusers model folder."""
+
+
+def refuse_other_settings(config: TrainConfig, own: Mapping[str, Any], network: str) -> None:
+    """Raise ConfigError where settings of a new network are set beside a model whose `own` they are not.
+
+    One at its default may have been left out, and is let pass.
+    """
+    for name, value in own.items():
+        if getattr(config, name) not in (value, type(config).model_fields[name].default):
+            raise ConfigError(f"{name} is for a new {network}, and that of {config.model} keeps its own; leave it out.")
 
 
 def place(network: nn.Module, accelerator: Accelerator) -> None:

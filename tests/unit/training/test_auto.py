@@ -51,15 +51,24 @@ class Noting:
 RISES = st.lists(st.sampled_from([0.5, 1.0, 1.04, 1.06, 2.0]), min_size=6, max_size=6)
 
 
-@given(st.integers(1, 300), RISES, st.integers(0, 6))
-def test_doubling_goes_on_while_it_pays_and_memory_suffices(most: int, rises: list[float], room: int) -> None:
+SHORTAGES = (
+    torch.OutOfMemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 1 bytes."),
+    MemoryError(),
+)
+
+
+@given(st.integers(1, 300), RISES, st.integers(0, 6), st.sampled_from(SHORTAGES))
+def test_doubling_goes_on_while_it_pays_and_memory_suffices(
+    most: int, rises: list[float], room: int, shortage: Exception
+) -> None:
     paces = list(itertools.accumulate(rises, operator.mul, initial=9.0))
     tried: list[int] = []
 
     def pace(size: int) -> float:
         tried.append(size)
         if len(tried) > room:
-            raise torch.OutOfMemoryError
+            raise shortage
         return paces[len(tried) - 1]
 
     if room == 0:

@@ -16,6 +16,8 @@ from kills import kill, writes_of
 from limner.config import TrainConfig
 from limner.config.training import Tracker
 from limner.errors import ConfigError
+from limner.training import processes
+from limner.training.journal import Journal
 from limner.training.loop import plan_training, run_training
 from trainings import Summing, config, run_summing
 
@@ -33,16 +35,22 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
-def test_tensorboard_has_what_events_have(tmp_path: Path) -> None:
+def scalars(run: Path, name: str) -> list[Any]:
+    """Those that TensorBoard shows of a run by this name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = run_summing(settings(tmp_path / "r"))
     found = EventAccumulator(str(run / "tensorboard"))
     found.Reload()
+    shown: list[Any] = found.Scalars(name)
+    return shown
+
+
+def test_tensorboard_has_what_events_have(tmp_path: Path) -> None:
+    run = run_summing(settings(tmp_path / "r"))
     assert len(list((run / "tensorboard").iterdir())) == 1
     for name in ("loss", "validation/loss", "gap"):
         wanted = {line["images"]: line[name] for line in lines(run) if name in line}
-        assert {event.step: event.value for event in found.Scalars(name)} == pytest.approx(wanted, rel=1e-6)
+        assert {event.step: event.value for event in scalars(run, name)} == pytest.approx(wanted, rel=1e-6)
 
 
 def test_without_trackers_events_are_left(tmp_path: Path) -> None:
@@ -61,6 +69,16 @@ def test_what_comes_again_after_a_kill_is_there_once(tmp_path: Path) -> None:
         for name in ("loss", "validation/loss"):
             seen = [[line["images"] for line in lines(run) if name in line] for run in (asked.out, tmp_path / "whole")]
             assert seen[0] == seen[1], f"killed before write {at_write}"
+
+
+def test_tensorboard_has_what_comes_again_once(tmp_path: Path) -> None:
+    for seen, written in ((0, (8, 16, 24)), (16, (24, 32))):  # the first killed after a checkpoint at 16
+        accelerator = processes.join(tmp_path)
+        journal = Journal(tmp_path, settings(tmp_path), accelerator, seen)
+        for images in written:
+            journal.write(images, {"loss": seen + images})
+        accelerator.end_training()
+    assert [(event.step, event.value) for event in scalars(tmp_path, "loss")] == [(8, 8), (16, 16), (24, 40), (32, 48)]
 
 
 class Endless(Summing):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -155,13 +155,37 @@ def test_memory_that_ends_in_a_validation_is_said_in_one_sentence_too(tmp_path: 
         run_training(FullOfValidation, settings(tmp_path / "r"))
 
 
-def test_memory_that_ends_before_the_first_step_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 1 bytes.")
+def full(*_: Any) -> NoReturn:
+    """As a CPU says it."""
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 1 bytes.")
 
+
+def test_memory_that_ends_before_the_first_step_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("limner.training.loop.WeightAverage", full)
     with pytest.raises(RunError, match="not suffice for 8 images at once"):
         run_training(Summing, settings(tmp_path / "r"))
+
+
+@pytest.mark.parametrize("where", ["place", "Need.of"])
+def test_so_it_is_of_a_plan(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"limner.training.loop.{where}", full)
+    with pytest.raises(RunError, match="not suffice for 8 images at once"):
+        plan_training(Summing, settings(tmp_path / "r"))
+
+
+def test_so_it_is_while_the_network_is_made(tmp_path: Path) -> None:
+    for call in (plan_training, run_training):
+        with pytest.raises(RunError, match="not suffice for 8 images at once"):
+            call(full, settings(tmp_path / "r"))
+
+
+@pytest.mark.parametrize("given", [{"lr": 0.004}, {"batch_size": 8}], ids=["batch_size", "lr"])
+def test_so_it_is_while_a_number_is_looked_for(
+    given: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limner.training.auto.place", full)
+    with pytest.raises(RunError, match="not suffice for 8 images at once"):
+        plan_training(Summing, settings(tmp_path / "r", **{"auto": True, "batch_size": None, "lr": None, **given}))
 
 
 @linux

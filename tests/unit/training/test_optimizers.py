@@ -199,9 +199,16 @@ def test_schedule_free_turns_off_what_it_takes_the_place_of_and_refuses_it() -> 
     assert (chosen.schedule, chosen.ema_halflife) == ("constant", 0)
     assert resolve(TrainUnetConfig, chosen.model_dump()) == chosen
     for more in ({"schedule": "cosine"}, {"schedule": "cooldown"}, {"ema_halflife": 5}):
-        with pytest.raises(ConfigError, match="takes the place of schedule and ema_halflife; leave both out"):
+        with pytest.raises(ConfigError, match="; set schedule=constant and ema_halflife=0"):
             config(TrainUnetConfig, Path("nowhere"), Path("r"), optimizer="schedule-free", **more)
     assert config(TrainUnetConfig, Path("nowhere"), Path("r")).schedule == "cooldown"
+
+
+def test_a_preset_becomes_schedule_free_as_it_is_said() -> None:
+    given, sets = {"data": "d", "out": "r"}, ["optimizer=schedule-free", "schedule=constant"]
+    with pytest.raises(ConfigError, match="; set schedule=constant and ema_halflife=0"):
+        resolve(TrainUnetConfig, given, preset="builtin", sets=sets)
+    assert resolve(TrainUnetConfig, given, preset="builtin", sets=[*sets, "ema_halflife=0"])
 
 
 # ---- what is not there

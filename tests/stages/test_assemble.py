@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
 import limner as package
+from libraries import load_with_libraries
 from limner.artifacts import identity, read_json, sha256, sha256_folder, write_json
 from limner.config import AssembleConfig, TrainClipConfig
 from limner.errors import ConfigError, ModelError, UserError
@@ -194,8 +195,8 @@ def plain(parts: dict[str, str], stages: Path) -> Path:
 
 def drawn_by(folder: Path) -> torch.Tensor:
     """What a whole model draws of the grid's captions -> pixels (N, 3, H, W)."""
-    model = package.load(str(folder), precision="fp32")
-    painter = model.painter
+    model = load_with_libraries(folder)
+    painter: Any = model.painter
     painter.taken_apart = None  # as `assemble` draws, to the last bit
     for network in (painter.unet, painter.vae):
         network.to(memory_format=torch.contiguous_format)

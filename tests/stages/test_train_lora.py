@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from commands import limner
 from kills import kill, writes_of
-from limner import load
+from libraries import load_with_libraries
 from limner.artifacts import is_finished, read_json, write_json
 from limner.config import (
     AssembleConfig,
@@ -62,7 +62,7 @@ def run(model: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def ours(model: Path, *loras: Path) -> Tensor:
     """What Limner draws, before it is rounded (1, 3, H, W)."""
-    painter = load(str(model), device="cpu", precision="fp32", loras=[str(path) for path in loras]).painter
+    painter = load_with_libraries(model, loras=[str(path) for path in loras]).painter
     names = ("unet", "scheduler", "vae", "text_encoder", "tokenizer")
     parts = [getattr(painter, name) for name in names]
     return paint(*parts, [PROMPT], seeds=[3], steps=STEPS, guidance=GUIDANCE)

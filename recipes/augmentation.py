@@ -21,6 +21,7 @@ from limner.evaluation.alignment import REPORT, Judged
 from limner.evaluation.intervals import Difference, paired_difference
 from limner.evaluation.retrieval import KS, Ranks
 from limner.models import loading
+from running import run
 
 BASELINE = "baseline"
 VARIANTS = {
@@ -93,4 +94,4 @@ def told(gap: Difference) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import PositiveInt
-from teachers import ImageTeacher
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample, mse_loss, normalize
 
@@ -32,6 +31,8 @@ from limner.models import loading
 from limner.settings import resolve
 from limner.training.loop import plan_training, run_training
 from limner.training.stream import Example, Stream
+from running import run
+from teachers import ImageTeacher
 
 HINTS = (2, 4, 7, 10)  # blocks of the teacher whose answers the first layers of the image tower learn
 EACH = 4  # pictures of which one is asked for hints, and for which one caption is read: both are learned sooner
@@ -393,4 +394,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -35,6 +35,7 @@ from limner.generation import sheets
 from limner.generation.provenance import slug
 from limner.settings import MISSION
 from limner.stages import evaluate
+from running import run
 
 THEMES = (
     "Two dogs run through the snow.",
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from limner.data.dataset import Record, Split, read_split, split_identity
-from limner.errors import UserError
 from limner.evaluation.agreement import distinct, r_precision
 from limner.evaluation.extractors import features_of, text_features_of
 from limner.evaluation.features import captions_of
@@ -37,6 +35,7 @@ from limner.evaluation.judge import Heads, Photographs, Sentences, save_judge
 from limner.evaluation.retrieval import mean_recall, ranks, recall
 from limner.models.lite import Lite
 from limner.training.teaching import FEATURES
+from running import run
 
 HEADS = {"features": 256, "hidden": 512, "dropout": 0.3}
 """On Flickr8k's test split: caption to picture R@1/5/10 of 21.5/50.4/63.6 %, picture to caption 26.0/54.6/67.6 %, and
@@ -149,7 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    run(main)

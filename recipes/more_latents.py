@@ -23,6 +23,7 @@ from limner.data.dataset import read_split
 from limner.data.pictures import load_pixels
 from limner.models import loading
 from limner.models import vae as vaes
+from running import run
 
 LOGVAR = -4.0  # of the new channels at first, which so say much with little noise
 HEEDED = 0.02  # deviation of the weights by which the decoder reads them at first
@@ -111,4 +112,4 @@ def more_room(old: Any, channels: int) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,6 +21,7 @@ from torch import Tensor
 from limner.data.dataset import read_split
 from limner.generation.engine import encode_prompts
 from limner.models import layers, loading
+from running import run
 
 READ = 400  # train pictures whose captions tell the map
 
@@ -66,4 +67,4 @@ def reread(unet: Any, states: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,6 +24,7 @@ from limner.evaluation.extractors import features_of, text_features_of
 from limner.evaluation.features import captions_of
 from limner.evaluation.yardstick import Yardstick
 from limner.training.teaching import captions_in
+from running import run
 
 BLOCK = 512  # photographs whose likeness to every caption is in memory at once
 
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

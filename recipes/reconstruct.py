@@ -10,17 +10,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from limner.data.dataset import read_split
 from limner.data.pictures import load_pixels
 from limner.evaluation.contenders import photographs
+from limner.evaluation.reconstruction import reconstructed
 from limner.generation.engine import to_images
 from limner.models import loading
-from limner.models import vae as vaes
+from running import run
 
 
-@torch.no_grad()
 def main() -> None:
     """Write a PNG for each photograph, under its name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -34,9 +32,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     vae = loading.load_vae(arguments.vae)
     for record in photographs(read_split(arguments.data, arguments.split), arguments.n):
-        mean = vaes.encode(vae, load_pixels(record.path, arguments.size)[None]).chunk(2, dim=1)[0]
-        to_images(vae.decode(mean, return_dict=False)[0])[0].save(arguments.out / f"{record.path.stem}.png")
+        again = reconstructed(vae, load_pixels(record.path, arguments.size)[None])  # (1, 3, size, size)
+        to_images(again)[0].save(arguments.out / f"{record.path.stem}.png")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

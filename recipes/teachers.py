@@ -12,7 +12,7 @@ FOLDER/maps.npy        (N, 7, 7, K) float16: Lite0's last features in their firs
 FOLDER/places.npy      (N, 384) float16: where a picture stands among sentences: the names of its likely classes
 FOLDER/captions.json   M captions without their pictures, train of the dataset first
 FOLDER/sentences.npy   (M, 384) float16: where MiniLM puts them
-FOLDER/counts.json     how many pictures and captions are of which kind
+FOLDER/counts.json     how many pictures and captions are of which kind, and the sha256 of what they are from
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from limner.artifacts import atomic_file, read_json, write_json
-from limner.data.dataset import Record, read_split
+from limner.artifacts import atomic_file, read_json, sha256, write_json
+from limner.data.dataset import Record, read_split, split_identity
 from limner.data.latents import write_array
 from limner.evaluation.judge import Sentences
 from limner.models import lite
 from limner.progress import progress
+from limner.training.teaching import captions_in
+from running import run
 
 SIDE = 192  # of the stored pictures, in pixels
 SEEN = 224  # of what Lite0 sees
@@ -99,10 +101,13 @@ def principal(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (directions / variance**0.25).float()
 
 
-def store_maps(out: Path, pictures: np.ndarray[Any, Any], names: Tensor) -> None:
-    """Write maps.npy and places.npy; `names` (1000, 384) are the sentences of the classes."""
+def store_maps(out: Path, pictures: np.ndarray[Any, Any], learned: int, names: Tensor) -> None:
+    """Write maps.npy and places.npy; `names` (1000, 384) are the sentences of the classes.
+
+    The principal components are of the first `learned` pictures, since those of val are to judge.
+    """
     teacher = ImageTeacher()
-    few = np.linspace(0, len(pictures) - 1, min(BASIS_FROM, len(pictures))).astype(int)
+    few = np.linspace(0, learned - 1, min(BASIS_FROM, learned)).astype(int)
     batches = [few[start : start + BATCH].tolist() for start in range(0, len(few), BATCH)]
     mean, basis = principal(torch.cat([teacher(seen(pictures, rows))[0].mean(dim=(1, 2)) for rows in batches]))
     places: list[Tensor] = []
@@ -149,13 +154,18 @@ def main() -> None:
 
     train, extra, val = read_split(given.data, "train"), read_split(given.extra, "train"), read_split(given.data, "val")
     own = [caption for record in train for caption in record.captions]
-    captions = own + [line.strip() for line in given.captions.read_text(encoding="utf-8").splitlines() if line.strip()]
+    captions = own + captions_in(given.captions)
     counts = {"train": len(train), "extra": len(extra), "val": len(val), "captions": len(own)}
     if given.dry_run:
         tell_cost(counts, captions)
         return
+    made_of = {f"data/{split}": split_identity(given.data, split) for split in ("train", "val")}
+    made_of |= {"extra/train": split_identity(given.extra, "train"), "captions": sha256(given.captions)}
+    facts = {**counts, "made_of": made_of}
+    file = given.out / "counts.json"
     given.out.mkdir(parents=True, exist_ok=True)
-    if not (given.out / "counts.json").exists() or read_json(given.out / "counts.json") != counts:
+    if not file.exists() or read_json(file) != facts:
+        file.unlink(missing_ok=True)  # or else a kill would leave it beside what it doesn't tell of
         store_pictures([*train, *extra, *val], given.out / "pictures.npy")
         write_json(given.out / "captions.json", captions)
         sentences = Sentences()
@@ -168,9 +178,9 @@ def main() -> None:
 
             write_array(given.out / "sentences.npy", (len(captions), 384), parts())
         names = sentences.text_features([f"A photo of a {name}." for name in class_names()])
-        store_maps(given.out, np.load(given.out / "pictures.npy", mmap_mode="r"), names)
-        write_json(given.out / "counts.json", counts)
+        store_maps(given.out, np.load(given.out / "pictures.npy", mmap_mode="r"), len(train) + len(extra), names)
+        write_json(file, facts)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,10 @@ from browser import opened
 from commands import limner
 from limner.evaluation import plots
 from limner.evaluation.attributes import PROMPTS
+from limner.evaluation.sweeps import curves
 from limner.generation import provenance
 from limner.models.clip import HALF, Clip
 from limner.stages import evaluate
-from limner.stages.evaluate import curves
 from stages.conftest import prepared
 from tiny import tiny_clip, tiny_model, tiny_text_encoder, tiny_tokenizer, tiny_unet
 from trainings import shapes
@@ -239,6 +240,23 @@ def test_other_settings_leave_no_figures_of_those_before(
     assert metrics(out) == metrics(evaluated), "which the same settings found"
     assert limner("evaluate", *given, "-n", 4) == 130
     assert not [name for name in ("metrics.json", "scores.jsonl", "report.html") if (out / name).exists()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
+def test_no_two_processes_write_into_one_evaluation(
+    folder: Path, evaluated: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(evaluated, folder / "busy")
+    script = f"from pathlib import Path; from limner.artifacts import alone\nwith alone(Path({str(out)!r})): "
+    command = [sys.executable, "-c", f"{script}print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        given = ["--config", evaluated / "config.json", "--out", out, "-n", 4]
+        assert "Another process is at work in" in refused(capfd, *given, dry=False)
+        process.kill()
+    for name in ("config.json", "metrics.json"):
+        assert (out / name).read_bytes() == (evaluated / name).read_bytes()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from PIL import Image
 from limner.models.clip import HALF, Clip
 from stages.conftest import prepared
 from tiny import tiny_clip, tiny_model, tiny_tokenizer
-from trainings import RECIPES, shapes
+from trainings import script, shapes
 
 COUNT = 8
 
@@ -29,8 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--model", made, "--data", data, "--judge", folder / "judge", "--out", folder / "evaluation"]
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["card.py", *map(str, [*arguments, "-n", COUNT, "--seeds", 2])])
-            runpy.run_path(str(RECIPES / "card.py"), run_name="__main__")
+            script(patch, "card.py", *arguments, "-n", COUNT, "--seeds", 2)
     return made
 
 

@@ -238,6 +238,20 @@ def test_without_matplotlib_bench_draws_nothing(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "plan"])
+def test_bench_measures_nothing_that_it_could_not_end(
+    folder: Path, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: list[str]
+) -> None:
+    monkeypatch.setattr("limner.stages.bench.measure", lambda *_: pytest.fail("it began to measure"))
+    (tmp_path / "file").touch()
+    refused = said(capfd, "bench", folder, "--out", tmp_path / "file" / "bench", *dry, code=2)
+    assert "file is a file; choose another --out" in refused
+    monkeypatch.setattr("limner.models.export.find_spec", lambda _: None)
+    flags = ["--engines", "torch", "--engines", "openvino", "--out", tmp_path / "no"]
+    assert "pip install 'limner[openvino]'" in said(capfd, "bench", folder, *flags, *dry, code=2)
+    assert not (tmp_path / "no").exists()
+
+
 def test_bench_judges_with_the_models_own_clip(folder: Path, capfd: Any, tmp_path: Path) -> None:
     flags = ["--steps", 2, "--steps", 2, "--schedulers", "euler", "--schedulers", "ddim", "--out", tmp_path]
     plan = dict(line.split(None, 1) for line in said(capfd, "bench", folder, *flags, "--dry-run").splitlines())

@@ -75,7 +75,7 @@ class Judged:
         found = self.ranks(clip)
         ends = intervals(found)
         row: dict[str, Any] = {
-            name: {"value": value, "low": ends[name][0], "high": ends[name][1]} if name in ends else value
+            name: {"value": value, "low": ends[name].low, "high": ends[name].high} if name in ends else value
             for name, value in recall(found).items()
         }
         row["mean_recall"] = mean_recall(found)

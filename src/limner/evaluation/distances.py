@@ -41,19 +41,11 @@ class Moments:
         """Count features (N, D) in."""
         for part in features.split(BLOCK) if len(features) else ():  # which would give one part of none
             rows = part.double()
-            mean = rows.mean(dim=0)
-            self._merge(len(rows), mean, (rows - mean).T @ (rows - mean))
-
-    def merge(self, other: Moments) -> None:
-        """Count in what another has counted."""
-        if other.count:
-            self._merge(other.count, other.mean, other.scatter)
-
-    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        total, step = self.count + count, mean - self.mean
-        self.scatter += scatter + torch.outer(step, step) * (self.count * count / total)
-        self.mean += step * (count / total)
-        self.count = total
+            count, mean = len(rows), rows.mean(dim=0)
+            total, step = self.count + count, mean - self.mean
+            self.scatter += (rows - mean).T @ (rows - mean) + torch.outer(step, step) * (self.count * count / total)
+            self.mean += step * (count / total)
+            self.count = total
 
     @property
     def covariance(self) -> Tensor:

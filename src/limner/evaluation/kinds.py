@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,8 @@ SECTIONS = {
 }
 GLANCE = ("r_precision", "clip_score", "frechet", "cmmd", "all", "copies_by_features", "psnr", "seconds")
 """What stands first, and in the line that the command prints."""
+
+
+def by_name(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures by name, without those of further networks, whose names are the same."""
+    return {name: figure for section in SECTIONS for name, figure in figures.get(section, {}).items()}

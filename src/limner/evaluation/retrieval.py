@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from limner.evaluation.intervals import Interval, mean_interval
 
 KS = (1, 5, 10)
 
@@ -70,8 +71,8 @@ def _similarity(text: Tensor, images: Tensor) -> Tensor:
     return (text.double() @ images.double()).float().nan_to_num(nan=-torch.inf)
 
 
-def recall(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Recall@k both ways, as CLIP_benchmark defines it, and the median rank.
+def recall(ranks: Ranks) -> dict[str, float]:
+    """Recall@k both ways for each of `KS`, as CLIP_benchmark defines it, and the median rank.
 
     text_to_image_r@k: share of captions whose picture is among their k nearest; image_to_text_r@k: share of pictures
     of which any caption is among their k nearest; `..._median_rank` counts from 1. Pictures without a caption don't
@@ -79,33 +80,23 @@ def recall(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
     """
     ways = {"text_to_image": ranks.text, "image_to_text": ranks.images[ranks.captioned]}
     return {
-        **{f"{way}_r@{k}": (rank < k).double().mean().item() for way, rank in ways.items() for k in ks},
+        **{f"{way}_r@{k}": (rank < k).double().mean().item() for way, rank in ways.items() for k in KS},
         **{f"{way}_median_rank": float(np.median(rank.numpy())) + 1 for way, rank in ways.items()},
     }
 
 
-def intervals(
-    ranks: Ranks, ks: Sequence[int] = KS, level: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Bootstrap confidence intervals of the recalls that `recall` names (Efron and Tibshirani 1993, chapter 13).
+def intervals(ranks: Ranks) -> dict[str, Interval]:
+    """The recalls that `recall` names, by its names, with their intervals.
 
-    Pictures are drawn with all their captions, since the captions of one picture are not independent. Only queries
-    are drawn: what they are compared with stays as it is. -> the lower and upper end by name.
+    Only queries are drawn, pictures with all their captions: what they are compared with stays as it is.
     """
-    captioned, picture = ranks.owners.unique(return_inverse=True)  # (C,), (M,)
-    limits, count = torch.tensor(ks), len(captioned)
-    hits = (ranks.text[:, None] < limits).double()  # (M, K)
-    text_hits = torch.zeros(count, len(ks), dtype=torch.double).index_add(0, picture, hits)  # (C, K)
-    image_hits = (ranks.images[captioned, None] < limits).double()  # (C, K)
-    rows = torch.cat([text_hits, image_hits, picture.bincount()[:, None]], dim=1)  # (C, 2K + 1): what a picture adds
-    generator = torch.Generator().manual_seed(seed)
-    draws = (torch.randint(count, (count,), generator=generator) for _ in range(resamples))
-    sums = torch.stack([rows[draw].sum(dim=0) for draw in draws])  # (R, 2K + 1)
-    text_recall, image_recall = sums[:, : len(ks)] / sums[:, -1:], sums[:, len(ks) : -1] / count
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
-    low, high = torch.cat([text_recall, image_recall], dim=1).quantile(ends, dim=0).tolist()
-    names = [f"{way}_r@{k}" for way in ("text_to_image", "image_to_text") for k in ks]
-    return dict(zip(names, zip(low, high)))
+    ways = {
+        "text_to_image": (ranks.text, ranks.owners),
+        "image_to_text": (ranks.images[ranks.captioned], ranks.captioned),
+    }
+    return {
+        f"{way}_r@{k}": mean_interval((rank < k).double(), owners) for way, (rank, owners) in ways.items() for k in KS
+    }
 
 
 def mean_recall(found: Ranks) -> dict[str, float]:

@@ -16,6 +16,7 @@ from limner.errors import ConfigError, DataError, ModelError
 from limner.generation.jobs import Spec, make_jobs, read_spec
 from limner.generation.language import literal
 from limner.models import loading
+from limner.stages.generate import check_out
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +30,7 @@ OWN = "the model's own"
 
 def run(config: BenchConfig) -> Path:
     """Write `bench.json` and `bench.png` into `config.out`. Raises ConfigError, DataError and ModelError."""
-    _require_plot()
+    _check(config)
     spec = read_spec(config.model)
     prompts = _prompts(config)
     axis, score = _own_clip(spec) if config.judge is None else _judge(config.judge, spec)
@@ -46,8 +47,8 @@ def run(config: BenchConfig) -> Path:
 
 
 def plan(config: BenchConfig) -> dict[str, Any]:
-    """What `run` would measure; nothing is fetched."""
-    _require_plot()
+    """What `run` would measure; nothing is fetched. Raises as `run` does."""
+    _check(config)
     models, settings = len(_models(config)), len(_settings(config))
     there = loading.resolve_here(config.model)
     return {
@@ -106,9 +107,16 @@ def measure(config: BenchConfig, spec: Spec, prompts: Sequence[str], score: Scor
     return rows
 
 
-def _require_plot() -> None:
+def _check(config: BenchConfig) -> None:
+    """Raise ConfigError for what would fail, or could not be written, after the rest was measured."""
     if find_spec("matplotlib") is None:
         raise ConfigError("The plot needs matplotlib; install with: pip install 'limner[eval]'.")
+    check_out(config.out, "--out")
+    from limner.generation import setup
+
+    device = setup.choose_device(config.device)
+    for precision, engine in _models(config):
+        setup.choose(device, precision, engine=engine)
 
 
 def _prompts(config: BenchConfig) -> Sequence[str]:

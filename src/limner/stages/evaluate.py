@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -21,13 +21,13 @@ from limner.config import EvaluateConfig
 from limner.data.dataset import Record, read_split, split_identity
 from limner.data.findings import json_line
 from limner.errors import ConfigError, DataError, RunError
-from limner.evaluation import attributes, drawing, parts, plots, report, scores, trajectory
+from limner.evaluation import attributes, drawing, parts, report, scores, sweeps, trajectory
 from limner.evaluation.agreement import CANDIDATES
 from limner.evaluation.assessment import Assessment, Result
 from limner.evaluation.contenders import LEAST, Contender, from_folder, labels, photographs
 from limner.evaluation.extractors import Extractor, load_extractor
 from limner.evaluation.intervals import Difference
-from limner.evaluation.kinds import GLANCE, KINDS, SECTIONS
+from limner.evaluation.kinds import GLANCE, KINDS, by_name
 from limner.evaluation.scores import Figures
 from limner.evaluation.yardstick import Yardstick, extractor_facts, refuse_conditioning
 from limner.generation import provenance
@@ -72,50 +72,52 @@ class Entry:
 def run(config: EvaluateConfig) -> Path:
     """Draw what is not there yet, score it, and write metrics.json, scores.jsonl and report.html. -> the folder.
 
-    Raises ConfigError, DataError or ModelError in one sentence, before anything is drawn where that can be told.
+    Raises ConfigError, DataError or ModelError in one sentence, before anything is drawn where that can be told, and
+    RunError where another process is at work in the folder.
     """
     _require_report()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    asked = config
-    if config.checkpoints:
-        config = _with_checkpoints(config)
-    real, entries, folders = _read(config)
-    yardstick, further, conditioned = _judges(config, entries)
-    if yardstick is None:
-        log.warning(NO_JUDGE)
-    _open(asked)
-    assessment = _assessment(config, yardstick, further)
-    extra = [
-        figures
-        for _, alike in groupby(entries, key=lambda entry: entry.spec.ref)
-        for figures in _draw_all(config, list(alike), real, yardstick)
-    ]
-    contenders = [_drawn(entry, real) for entry in entries] + folders
-    results = []
-    for number, contender in enumerate(contenders):
-        for remark in contender.remarks:
-            log.warning("%s: %s", contender.label, remark)
-        result = assessment.judge(contender)
-        if number < len(entries):
-            result.conditioned = entries[number].spec.ref in conditioned
-            result.figures |= extra[number] | _sensitivity(config, entries[number], yardstick)
-        results.append(result)
-    comparisons = [(results[0], other, assessment.compare(other, results[0])) for other in results[1:]]
-    missions = [
-        (prompt, [(entry.label, entry.folder / MISSION / f"{number}.png") for entry in entries])
-        for number, prompt in enumerate(settings.MISSION, start=1)
-        if entries
-    ]
-    _write(config, assessment, results, comparisons, missions)
-    return config.out
+    with ExitStack() as work:
+        asked = config
+        if config.checkpoints:
+            config = _with_checkpoints(config, work)
+        real, entries, folders = _read(config)
+        yardstick, further, conditioned = _judges(config, entries)
+        if yardstick is None:
+            log.warning(NO_JUDGE)
+        _open(asked, work)
+        assessment = _assessment(config, yardstick, further)
+        extra = [
+            figures
+            for _, alike in groupby(entries, key=lambda entry: entry.spec.ref)
+            for figures in _draw_all(config, list(alike), real, yardstick)
+        ]
+        contenders = [_drawn(entry, real) for entry in entries] + folders
+        results = []
+        for number, contender in enumerate(contenders):
+            for remark in contender.remarks:
+                log.warning("%s: %s", contender.label, remark)
+            result = assessment.judge(contender)
+            if number < len(entries):
+                result.conditioned = entries[number].spec.ref in conditioned
+                result.figures |= extra[number] | _sensitivity(config, entries[number], yardstick)
+            results.append(result)
+        comparisons = [(results[0], other, assessment.compare(other, results[0])) for other in results[1:]]
+        missions = [
+            (prompt, [(entry.label, entry.folder / MISSION / f"{number}.png") for entry in entries])
+            for number, prompt in enumerate(settings.MISSION, start=1)
+            if entries
+        ]
+        _write(config, assessment, results, comparisons, missions)
+        return config.out
 
 
-def _with_checkpoints(config: EvaluateConfig) -> EvaluateConfig:
+def _with_checkpoints(config: EvaluateConfig, work: ExitStack) -> EvaluateConfig:
     """The same with the models that a training went through, which are written into the folder."""
     (ref,) = config.models
     found = trajectory.find(Path(ref))
-    _open(config)
+    _open(config, work)
     folders = trajectory.assemble(Path(ref), found, config.out / CHECKPOINTS)
     models = {"models": tuple(map(str, folders.values())), "x": tuple(map(float, folders)), "x_name": "images seen"}
     return config.model_copy(update={**models, "checkpoints": False})
@@ -203,13 +205,18 @@ def _is_ours(config: EvaluateConfig) -> bool:
     """Whether the folder is an evaluation's already. Raises RunError where it is something else."""
     file = config.out / "config.json"
     is_ours = file.is_file() and artifacts.read_json(file).keys() >= {"models", "images", "judge"}
-    if not is_ours and config.out.is_dir() and any(artifacts.PARTIAL not in p.name for p in config.out.iterdir()):
+    if not is_ours and config.out.is_dir() and not artifacts.is_empty(config.out):
         raise RunError(f"{config.out} exists and holds no evaluation; choose another --out.")
     return is_ours
 
 
-def _open(config: EvaluateConfig) -> None:
-    """Make the folder an evaluation's, or come back to one. Raises RunError where it is something else."""
+def _open(config: EvaluateConfig, work: ExitStack) -> None:
+    """Make the folder an evaluation's, or come back to one, and lock it for as long as `work` goes on.
+
+    Raises RunError where it is something else, or another process is at work in it.
+    """
+    _is_ours(config)  # before a lock is written into it
+    work.enter_context(artifacts.alone(config.out))
     file = config.out / "config.json"
     said = json.loads(config.model_dump_json())
     if _is_ours(config) and artifacts.read_json(file) | {"out": said["out"]} != said:  # it may have been moved
@@ -329,43 +336,11 @@ def _write(
     }
     artifacts.write_json(config.out / METRICS, metrics)
     artifacts.write_text(config.out / SCORES, "".join(_score_lines([real, *results])))
-    _plot(metrics["contenders"], config.out, config.x_name if config.x else None)
+    sweeps.plot(metrics["contenders"], config.out, config.x_name if config.x else None)
     report.write(config.out, metrics, results, missions)
     for result in results:
         print(_summary(result))
     print(config.out / report.PAGE)
-
-
-def _plot(rows: Sequence[dict[str, Any]], out: Path, x_name: str | None) -> None:
-    """A plot for each setting that contenders differ in; a plot of an earlier call goes."""
-    for old in out.glob(report.SWEEPS):
-        old.unlink()
-    for name in sorted({name for row in rows for name in row["settings"]}):
-        plots.plot_sweep(name, curves(name, rows, x_name), out / report.SWEEPS.replace("*", slug(name)))
-
-
-def curves(name: str, rows: Sequence[dict[str, Any]], x_name: str | None) -> list[tuple[str, plots.Curve]]:
-    """Contenders' figures against a setting, those together that differ in it alone, under what their labels share.
-
-    They are of one model, unless it is `x_name`, what the models differ in.
-    """
-    alike = defaultdict(list)
-    for row in rows:
-        if name in row["settings"]:
-            rest = {key: value for key, value in row["settings"].items() if key != name}
-            alike[None if name == x_name else row["model"], tuple(sorted(rest.items()))].append(row)
-    found: list[tuple[str, plots.Curve]] = []
-    for some in alike.values():
-        if len({row["settings"][name] for row in some}) > 1:
-            labels = [row["label"].split(", ") for row in some]
-            shared = ", ".join(word for word in labels[0] if all(word in others for others in labels))
-            found.append((shared, [(row["settings"][name], _flat(row["figures"])) for row in some]))
-    return found
-
-
-def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures by name, without those of further networks, whose names are the same."""
-    return {name: figure for section in SECTIONS for name, figure in figures.get(section, {}).items()}
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -393,6 +368,6 @@ def _score_lines(results: Sequence[Result]) -> list[str]:
 
 
 def _summary(result: Result) -> str:
-    found = _flat(result.figures)
+    found = by_name(result.figures)
     told = [f"{KINDS[name].title} {KINDS[name].shown(found[name].value)}" for name in GLANCE if name in found]
     return f"{result.contender.label}: {', '.join(told) or 'no figure'}"

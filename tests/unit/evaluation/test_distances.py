@@ -41,13 +41,12 @@ def features(count: int, seed: int, width: int = 6) -> Tensor:
 @settings(max_examples=30)
 def test_moments_are_those_of_numpy_in_parts_of_any_size(sizes: list[int], seed: int) -> None:
     rows = gaussian(sum(sizes) + 2, seed) + 1000  # a mean far from 0 is where sums of squares lose their digits
-    one, other = Moments(6), Moments(6)
-    for number, part in enumerate(rows.split([*sizes, 2])):
-        (one if number % 2 else other).update(part)
-    one.merge(other)
-    assert one.count == len(rows)
-    np.testing.assert_allclose(one.mean, rows.double().mean(dim=0), rtol=1e-12)
-    np.testing.assert_allclose(one.covariance, np.cov(rows.double().numpy(), rowvar=False), atol=1e-9)
+    moments = Moments(6)
+    for part in rows.split([*sizes, 2]):
+        moments.update(part)
+    assert moments.count == len(rows)
+    np.testing.assert_allclose(moments.mean, rows.double().mean(dim=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.covariance, np.cov(rows.double().numpy(), rowvar=False), atol=1e-9)
 
 
 def test_moments_take_no_more_memory_for_more_features() -> None:

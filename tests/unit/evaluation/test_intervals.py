@@ -51,6 +51,41 @@ def test_numbers_of_one_picture_are_drawn_together() -> None:
     assert scores.share(torch.ones(240), owners).low == scores.share(torch.ones(60)).low
 
 
+def simulated(
+    pictures: int, seed: int, *, per: int = 5, share: float = 0.4, agree: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Numbers (M,), of which `share` are 1 in truth and the others 0, and their pictures; those of one picture agree,
+    or are independent.
+    """
+    rng = np.random.default_rng(seed)
+    hits = np.repeat(rng.random(pictures) < share, per) if agree else rng.random(pictures * per) < share
+    return torch.from_numpy(hits).double(), torch.arange(pictures).repeat_interleave(per)
+
+
+def width(interval: Interval) -> float:
+    """From end to end."""
+    return interval.high - interval.low
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_intervals_of_shares_hold_the_truth_as_often_as_they_say(agree: bool) -> None:
+    found = [mean_interval(*simulated(150, seed, agree=agree), resamples=200, seed=seed) for seed in range(200)]
+    assert 0.91 < np.mean([interval.low <= 0.4 <= interval.high for interval in found]) < 0.985
+
+
+def test_intervals_shrink_with_the_root_of_the_number_of_pictures() -> None:
+    few, many = (mean_interval(*simulated(count, 0), resamples=2000) for count in (100, 1600))
+    assert 3.4 < width(few) / width(many) < 4.6
+
+
+@pytest.mark.parametrize(("agree", "ratio"), [(True, 5**0.5), (False, 1.0)])
+def test_numbers_that_agree_count_as_one(agree: bool, ratio: float) -> None:
+    """Drawing them one by one, as if each had a picture of its own, would promise too much."""
+    hits, owners = simulated(400, 1, agree=agree)
+    clustered, naively = (mean_interval(hits, of, resamples=2000) for of in (owners, None))
+    assert width(clustered) / width(naively) == pytest.approx(ratio, rel=0.12)
+
+
 def test_an_interval_holds_its_value_where_hardly_any_part_differs() -> None:
     odd = iter([0.0] + [1.0] + [0.0] * 199)  # the whole first
     found = set_intervals(lambda *_: {"recall": next(odd)}, torch.zeros(8, 1), torch.zeros(8, 1), resamples=200)

@@ -96,7 +96,7 @@ class UNet(Network):
         half = width // 2
         numbers = torch.arange(half, dtype=torch.float32, device=sample.device)
         frequencies = torch.exp(-math.log(10_000) * numbers / (half - self.config["freq_shift"]))
-        angles = timestep.reshape(-1).to(sample.device).expand(len(sample))[:, None].float() * frequencies[None, :]
+        angles = timestep.reshape(-1).to(sample.device).expand(sample.shape[0])[:, None].float() * frequencies[None, :]
         waves = [angles.sin(), angles.cos()]
         joined = torch.cat(waves[::-1] if self.config["flip_sin_to_cos"] else waves, dim=-1)
         return pad(joined, (0, width % 2)).to(sample.dtype)

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from limner.errors import RunError
+from limner.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from limner.config import StageConfig
@@ -76,6 +76,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def _named(path: Path) -> Path:
     """The same path with a name, which `.` and `..` lack, so that what is written can lie beside it."""
     return path.resolve() if path.name in ("", "..") else path
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise ConfigError where nothing can be written into a folder, before time is spent on what would be."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file; choose another {flag}.")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ConfigError(f"There is no right to write in {there}; choose another {flag}.")
 
 
 def write_new(paths: Iterable[Path], write: Callable[[Path], None]) -> Path:

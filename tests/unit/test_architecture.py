@@ -27,7 +27,7 @@ LAYERS = (
 """A part may import its own layer and those below."""
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 
-STAGES_THAT_GENERATE = {"serve", "evaluate", "bench"}
+STAGES_THAT_GENERATE = {"serve", "evaluate"}
 
 
 def name_of(file: Path) -> str:

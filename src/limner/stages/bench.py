@@ -16,7 +16,6 @@ from limner.errors import ConfigError, DataError, ModelError
 from limner.generation.jobs import Spec, make_jobs, read_spec
 from limner.generation.language import literal
 from limner.models import loading
-from limner.stages.generate import check_out
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -111,7 +110,7 @@ def _check(config: BenchConfig) -> None:
     """Raise ConfigError for what would fail, or could not be written, after the rest was measured."""
     if find_spec("matplotlib") is None:
         raise ConfigError("The plot needs matplotlib; install with: pip install 'limner[eval]'.")
-    check_out(config.out, "--out")
+    artifacts.check_writable(config.out, "--out")
     from limner.generation import setup
 
     device = setup.choose_device(config.device)

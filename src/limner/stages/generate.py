@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -141,11 +140,11 @@ def _read(
     """The model's own settings, read from `folder` where that is known already, what is added to it, and the jobs, by
     the cells of the grid; without one all are in one."""
     prompts = _prompts(config)
-    check_out(config.out, "--out")
+    artifacts.check_writable(config.out, "--out")
     if config.preview is not None:
         if config.preview.is_dir():
             raise ConfigError(f"{config.preview} is a folder; name a file with --preview.")
-        check_out(config.preview.parent, "--preview")
+        artifacts.check_writable(config.preview.parent, "--preview")
     _count(config, prompts)  # which refuses what is too many
     cells = grids.cells(config, _axes(config))
     image = None if config.image is None else sources.read_picture(config.image)
@@ -211,12 +210,3 @@ def _prompts(config: GenerateConfig) -> Sequence[str]:
             "There is no prompt; write one behind limner generate, name a --prompts file or pipe some in."
         )
     return prompts
-
-
-def check_out(out: Path, flag: str) -> None:
-    """Raise ConfigError where files can't be written into a folder, before time is spent on drawing them."""
-    there = next(place for place in (out, *out.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{there} is a file; choose another {flag}.")
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise ConfigError(f"There is no right to write in {there}; choose another {flag}.")

@@ -70,7 +70,7 @@ class LatentDiffusion:
         """Load from a model folder, and alter the networks. Raises ModelError, and as `alter` does."""
         self.ref, self.setup, self.device, self.dtype = str(spec.folder), setup, setup.device, setup.dtype
         self.alter = alter
-        # What alters networks or lets them leave knows those of the libraries
+        # LoRAs, textual inversions and what frees memory work on the libraries' networks alone
         self.source: Any = plain if alter is None and not setup.low_memory else loading
         one_at_a_time = None
         if setup.low_memory:

@@ -25,7 +25,7 @@ NETWORKS: dict[str | None, Callable[[Mapping[str, Any]], Network]] = {
     "AutoencoderKL": Vae,
     "CLIPTextModel": TextEncoder,
 }
-COMPILER = "torch._dynamo"
+COMPILER = "torch._dynamo"  # the module
 
 
 def load_unet(ref: str, dtype: torch.dtype | None = None) -> Any:
@@ -45,7 +45,7 @@ def load_text_encoder(ref: str, dtype: torch.dtype | None = None) -> tuple[Any, 
         return loading.load_text_encoder(ref, dtype)
     try:
         return encoder, Tokenizer(loading.component(ref, "tokenizer"))
-    except Exception:  # as below
+    except Exception:  # whatever is odd about it, as in `_load`
         return encoder, loading.load_tokenizer(ref)
 
 
